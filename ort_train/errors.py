@@ -1,0 +1,53 @@
+"""Every error a user can meet: the message names the value, the rule and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class OrtTrainError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class ConfigError(OrtTrainError, ValueError):
+    """A configuration that can't be run; carries every problem found, not just the first.
+
+    Args:
+        problems: one line each, in the order they were found.
+    """
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            message = f"{len(self.problems)} problems:\n{lines}"
+        super().__init__(message)
+
+    def __reduce__(self):
+        return (type(self), (self.problems,))
+
+
+class DataError(OrtTrainError, ValueError):
+    """A corpus or batch that can't be trained on."""
+
+
+class ModelError(OrtTrainError, ValueError):
+    """A model, tokenizer or adapter that doesn't fit the rest of the run."""
+
+
+class CheckpointError(OrtTrainError, ValueError):
+    """An output directory or checkpoint that can't be used as asked."""
+
+
+class UnsupportedModelError(OrtTrainError, RuntimeError):
+    """ORTModule can't take the module; names the operator and the way out."""
+
+
+class BackendUnavailableError(OrtTrainError, RuntimeError):
+    """A backend or precision that this machine or installation can't run."""
+
+
+class NonFiniteLossError(OrtTrainError, ArithmeticError):
+    """The training loss became NaN or infinite."""
