@@ -1,0 +1,262 @@
+"""Recipes: YAML files that become RunConfigs, each one derived from a base by what it changes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import RunConfig, near_matches, parse
+from .errors import ConfigError
+
+# What --tiny does to everything but the model's own sizes: a ceiling for each number.
+_TINY_CEILINGS = {
+    "data": {"block_size": 64, "max_train_blocks": 64, "max_eval_blocks": 8},
+    "train": {
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "warmup_steps": 2,
+        "logging_steps": 2,
+        "eval_steps": 4,
+        "save_steps": 4,
+    },
+    "measure": {"steps": 3, "rounds": 2, "warmup_steps": 1},
+}
+_TINY_VOCAB_SIZE = 512
+# None means "all" here, so that a ceiling applies to it; elsewhere None means "never".
+_NONE_IS_ALL = {"max_train_blocks", "max_eval_blocks", "max_steps"}
+# Overrides that would bring a download back.
+_DROPPED_BY_TINY = {"model.name_or_path", "model.revision", "model.tokenizer"}
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """A line of the list of recipes.
+
+    Attributes:
+        architecture: the made model's type, or the name of the loaded one.
+        method: the adapter's; ``none`` where the whole model is trained.
+    """
+
+    name: str
+    path: Path
+    description: str
+    architecture: str
+    method: str
+
+
+def load_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = (), tiny: bool = False
+) -> RunConfig:
+    """Reads a recipe, its bases and the overrides into one checked config.
+
+    Args:
+        name_or_path: a shipped recipe's name, or the path of a YAML file.
+        overrides: ``section.key=value``; the value is read as YAML and replaces what stands there.
+        tiny: shrink the sizes, except those that an override names; see `tiny`.
+
+    Raises:
+        ConfigError: with all problems of the overrides, or all of the config.
+    """
+    settings = _parse_overrides(overrides)
+    values = _read(_find(name_or_path))
+    config = parse(_override(values, settings))
+    if not tiny:
+        return config
+    kept = [(key, value) for key, value in settings if key not in _DROPPED_BY_TINY]
+    return parse(_override(_shrink(config), kept))
+
+
+def list_recipes() -> list[RecipeInfo]:
+    """The shipped recipes, by name."""
+    infos = []
+    for name, path in sorted(_shipped().items()):
+        config = load_recipe(path)
+        model = config.model
+        infos.append(
+            RecipeInfo(
+                name=name,
+                path=path,
+                description=config.description,
+                architecture=model.name_or_path or model.architecture or "",
+                method=config.adapter.method,
+            )
+        )
+    return infos
+
+
+def tiny(config: RunConfig) -> RunConfig:
+    """The same run at sizes that two CPU cores finish in seconds, with no download.
+
+    Kept: the architecture, adapters, data path, optimizer and backend. Shrunk: the model (weights
+    are made, never loaded), its vocabulary, the samples, batches and steps.
+
+    Raises:
+        ConfigError: `model.name_or_path` stands alone, so that the architecture isn't known.
+    """
+    return parse(_shrink(config))
+
+
+def _shrink(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump()
+    model = values["model"]
+    if not model["architecture"]:
+        raise ConfigError(
+            f"--tiny makes a model instead of loading {model['name_or_path']} and needs to know "
+            "its type: set model.architecture, for example model.architecture=llama"
+        )
+    # Only here: which sizes an architecture has, transformers knows.
+    from .models import tiny_config
+
+    for key in _DROPPED_BY_TINY:
+        model[key.partition(".")[2]] = None
+    model["config"] = tiny_config(model["architecture"], model["config"])
+    model["vocab_size"] = _TINY_VOCAB_SIZE
+    for section, ceilings in _TINY_CEILINGS.items():
+        for key, ceiling in ceilings.items():
+            value = values[section][key]
+            if value is not None:
+                values[section][key] = min(value, ceiling)
+            elif key in _NONE_IS_ALL:
+                values[section][key] = ceiling
+    values["train"]["epochs"] = None
+    return values
+
+
+def _shipped() -> dict[str, Path]:
+    """The recipes that come with the package, in a wheel or in a checkout."""
+    package = Path(__file__).parent
+    folder = package / "shipped_recipes"
+    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
+        folder = package.parent / "recipes"
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        # A recipe's name with an ending is likely meant to be the shipped one.
+        hint = near_matches(path.stem, _shipped())
+        raise ConfigError(f"no recipe file {path}; of the shipped recipes' names, {hint}")
+    shipped = _shipped()
+    if path.name not in shipped:
+        hint = near_matches(path.name, shipped)
+        raise ConfigError(f"unknown recipe {path.name}: {hint} (or give a path to a .yaml file)")
+    return shipped[path.name]
+
+
+def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe file, laid over those of its base."""
+    path = path.resolve()
+    chain = (*chain, path)
+    values = _load_yaml(path)
+    values.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem))
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: {base!r} should be a recipe's name or path")
+    if Path(base).suffix in (".yaml", ".yml"):
+        base_path = (path.parent / Path(base).expanduser()).resolve()
+    else:
+        base_path = _find(base).resolve()
+    if base_path in chain:
+        names = " -> ".join(str(step) for step in (*chain, base_path))
+        raise ConfigError(f"recipes extend each other in a circle: {names}")
+    inherited = _read(base_path, chain)
+    inherited.pop("description", None)
+    return _merge(inherited, values)
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = _merge(dict(below), value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    settings, problems = [], []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            problems.append(f"override {override!r} should be section.key=value")
+            continue
+        try:
+            settings.append((key, yaml.load(text, Loader=_Loader)))
+        except yaml.YAMLError as error:
+            problems.append(f"override {override!r}: {_first_line(error)}")
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def _override(values: Mapping[str, Any], settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Sets the dotted keys; an override's value replaces even a mapping."""
+    result = deepcopy(dict(values))
+    for key, value in settings:
+        *sections, leaf = key.split(".")
+        node = result
+        for section in sections:
+            below = node.get(section)
+            if below is None:
+                below = node[section] = {}
+            if not isinstance(below, dict):
+                raise ConfigError(f"override {key}: {section} holds {below!r} and has no keys")
+            node = below
+        node[leaf] = value
+    return result
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read recipe {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {_first_line(error)}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} should be a mapping of sections, not {values!r:.80}")
+    return values
+
+
+def _first_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return f"{getattr(error, 'problem', None) or error}{where}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (PyYAML reads 1e-3 as text), and no key twice in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key_node.value} stands twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
