@@ -1,0 +1,307 @@
+"""One benchmark case in a fresh process: training steps of one backend, timed.
+
+Started by `bench_process.Worker`, which sends one JSON request a line and reads one JSON reply:
+    prepare  build data, model and optimizer; first step; warm-up steps
+    round    some training steps, timed
+    finish   peak memory; the process ends after it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ort_train.errors import BackendUnavailableError, OrtTrainError, UnsupportedModelError
+from ort_train.record import scrub
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from ort_train.config import RunConfig
+
+
+def main() -> int:
+    """Answer requests until `finish` or the end of stdin."""
+    # Libraries print: what they write to stdout must not get between the replies.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    session: Session | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        name = request.pop("request")
+        try:
+            if name == "prepare":
+                session = Session(**request)
+                reply = session.start()
+            else:
+                assert session is not None, "`prepare` comes first"
+                reply = session.round(**request) if name == "round" else session.finish()
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            # A user's error speaks for itself; of any other the type is half of the message.
+            told = str(error) if isinstance(error, OrtTrainError) else _one_line(error)
+            unavailable = isinstance(error, BackendUnavailableError | UnsupportedModelError)
+            reply = {"error": scrub(told), "unavailable": unavailable}
+        _send(replies, reply)
+        if name == "finish":
+            break
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _send(replies: TextIO, reply: Mapping[str, Any]) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+class Session:
+    """Training steps of one backend on one model.
+
+    Args:
+        config: a RunConfig as plain data; its train section names backend and precision.
+        num_batches: how many different batches the whole benchmark takes.
+        warmup_steps: training steps before the first round.
+        threads: of torch's operators, None for torch's own choice.
+        gradients: file that the first step's gradients are written to.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        num_batches: int,
+        warmup_steps: int,
+        threads: int | None,
+        gradients: str,
+    ):
+        import torch
+
+        from ort_train.backends import available
+        from ort_train.config import parse
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.threads = threads
+        self.config = parse(config)
+        self.warmup_steps = warmup_steps
+        self.gradients = gradients
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        train = self.config.train
+        # Asked before the model is built, which can take minutes.
+        can_run, reason = available(train.backend, train.precision, self.device.type)
+        if not can_run:
+            raise BackendUnavailableError(reason)
+        self.model, self.batches, self.data = build(self.config, num_batches)
+        self.model.to(self.device).train()
+        self.step = 0
+
+    def start(self) -> dict[str, Any]:
+        """Wrap the model; first forward and backward; warm-up steps."""
+        import torch
+
+        from ort_train.backends import wrap
+        from ort_train.ortmodule import OrtOptions
+
+        train = self.config.train
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        num_parameters = sum(p.numel() for p in self.model.parameters())
+        # ORT has a pool of its own: given a number of threads, every backend gets that number.
+        threads = {} if self.threads is None else {"num_threads": self.threads}
+        self.module = wrap(
+            self.model,
+            backend=train.backend,
+            precision=train.precision,
+            options=OrtOptions(**{**train.ort, **threads}),
+        )
+        self.optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in named],
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        # fp16's smallest number is 6e-8: without scaling, small gradients become 0. The scale is
+        # below GradScaler's own first one (65536), whose overflowing steps would be skipped.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=1024.0, enabled=train.precision == "fp16"
+        )
+        began = time.perf_counter()
+        loss = self._forward_backward(self.batches[0])
+        self._synchronize()
+        first_step_s = time.perf_counter() - began
+        self._save_gradients(named)
+        return {
+            "first_step_s": first_step_s,
+            "first_loss": loss.item(),
+            "warmup_loss": self.round(self.warmup_steps)["loss"],
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if self.device.type == "cuda" else None,
+            "batches": _digest(self.batches),
+            "data": scrub(self.data),
+            "model": {
+                "architecture": self.model.config.model_type,
+                "name": _model_name(self.config.model.name_or_path),
+                "num_parameters": num_parameters,
+                "num_trainable": sum(parameter.numel() for _, parameter in named),
+                "adapter": self.config.adapter.method,
+            },
+        }
+
+    def round(self, steps: int) -> dict[str, Any]:
+        """Training steps over the next batches, each timed.
+
+        Returns:
+            step_s, forward_backward_s, optimizer_s and loss, `steps` of each.
+        """
+        times: dict[str, list[float]] = {"step_s": [], "forward_backward_s": [], "optimizer_s": []}
+        losses = []
+        for _ in range(steps):
+            batch = self.batches[self.step % len(self.batches)]
+            began = time.perf_counter()
+            self.optimizer.zero_grad(set_to_none=True)
+            losses.append(self._forward_backward(batch))
+            self._synchronize()
+            halfway = time.perf_counter()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self._synchronize()
+            ended = time.perf_counter()
+            times["step_s"].append(ended - began)
+            times["forward_backward_s"].append(halfway - began)
+            times["optimizer_s"].append(ended - halfway)
+            self.step += 1
+        return {**times, "loss": [loss.item() for loss in losses]}
+
+    def finish(self) -> dict[str, Any]:
+        """Peak memory in GiB: the allocator's on CUDA, else the resident set of the process."""
+        import torch
+
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = peak_resident_gib()
+        return {"peak_gib": peak}
+
+    def _forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        loss = self.module(**inputs).loss
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _save_gradients(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+        from safetensors.torch import save_file
+
+        scale = self.scaler.get_scale()
+        # float32, because numpy, which reads the file, has no bfloat16.
+        save_file(
+            {
+                name: (parameter.grad.float() / scale).contiguous().cpu()
+                for name, parameter in named
+                if parameter.grad is not None
+            },
+            self.gradients,
+        )
+
+
+def build(
+    config: RunConfig, num_batches: int
+) -> tuple[PreTrainedModel, list[dict[str, torch.Tensor]], str]:
+    """The run's model, from its seed, without dropout, and its first batches.
+
+    Returns:
+        The model on the CPU; up to `num_batches` batches of column -> tensor of
+        (micro_batch_size, block_size); the data's source in words.
+    """
+    import torch
+
+    from ort_train.adapters import apply_adapter
+    from ort_train.data import load_corpus, make_blocks
+    from ort_train.models import load_model, load_tokenizer
+
+    data, train = config.data, config.train
+    corpus = load_corpus(
+        source=data.source,
+        dataset=data.dataset,
+        subset=data.subset,
+        text_column=data.text_column,
+        folder=data.folder,
+        hub_timeout_s=data.hub_timeout_s,
+    )
+    tokenizer = load_tokenizer(config.model, corpus.train_text)
+    model = load_model(config.model, tokenizer, train.seed, data.block_size)
+    torch.manual_seed(train.seed)  # for the adapter's first weights
+    model = apply_adapter(model, config.adapter)
+    disable_dropout(model)
+    size = train.micro_batch_size
+    blocks = make_blocks(corpus.train_text, tokenizer, data.block_size, num_batches * size)
+    rows = blocks.with_format("torch")
+    # At least one full batch, from the start again where the text is shorter than that.
+    batches = []
+    for start in range(0, max(len(rows) - size + 1, 1), size):
+        batches.append(rows[[index % len(rows) for index in range(start, start + size)]])
+    return model, batches, corpus.source
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Switch every dropout off, in modules, attributes and config.
+
+    Each backend draws its own random numbers, so with dropout no two could be compared.
+    """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # Attention modules keep theirs as a number: `attention_dropout` and the like.
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
+                    setattr(holder, name, 0.0)
+
+
+def peak_resident_gib() -> float:
+    """The largest resident set of this process so far."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20  # kB
+    except OSError:
+        pass
+    import resource
+
+    # Not first: Linux hands a child the parent's maximum. Bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def _digest(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(batch[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _model_name(name_or_path: str | None) -> str | None:
+    if name_or_path is not None and Path(name_or_path).exists():
+        return Path(name_or_path).name  # a folder of this machine
+    return name_or_path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

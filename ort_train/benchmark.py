@@ -1,0 +1,335 @@
+"""One recipe over several backends: interleaved rounds, fresh processes, a parity gate.
+
+The order of things is decided here; `bench_run.py` holds what one case yields, `bench_worker.py`
+runs its steps, `parity.py` judges its numbers, `record.py` says what a record holds, `report.py`
+shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ort_train import record as records
+from ort_train.bench_run import Case, Run, result
+from ort_train.config import RunConfig, near_matches, parse
+from ort_train.errors import ConfigError
+
+BACKENDS = ("eager", "compile", "ort")
+PRECISIONS = ("fp32", "bf16", "fp16")
+# Idle threads of a pool spin for some milliseconds before they sleep: they must not take the
+# cores of the worker whose turn comes next.
+SETTLE_S = 0.1
+
+
+def run_benchmark(
+    config: RunConfig,
+    cases: Sequence[Case],
+    *,
+    steps: int,
+    rounds: int,
+    warmup_steps: int,
+    threads: int | None = None,
+    progress: bool = True,
+    on_event: Callable[[str], None] | None = None,
+    timeout_s: float = 900.0,
+) -> dict[str, Any]:
+    """Measure training iterations of every case on the same model, batches and seed.
+
+    The cases of one shape live at the same time, each in its own process, and take turns, so that
+    a disturbance of the machine meets all of them. A case that can't run, fails, or computes
+    other numbers than eager fp32 says so in its result, and the others go on.
+
+    Args:
+        config: the recipe; its train section names the optimizer's settings and the seed. The
+            optimizer is fused AdamW, dropout is off.
+        cases: what to measure. Eager fp32 is run as the reference even when it isn't among them.
+        steps: measured steps per round.
+        rounds: turns of each case.
+        warmup_steps: training steps before the first round, after the separately timed first.
+        threads: of torch and of ORT; None: their own choice.
+        progress: show a progress bar on stderr.
+        on_event: called with a line of text whenever a case has come a stage further.
+        timeout_s: how long one stage of a case may take before it counts as hung.
+
+    Returns:
+        The record (`record.Record`).
+
+    Raises:
+        ConfigError: with everything that is wrong with the cases, before any is started.
+    """
+    runs = _plan(config, cases, steps, rounds, warmup_steps, threads)
+    tell = on_event or (lambda line: None)
+    started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    machine = records.machine()  # before the load that is about to come
+    with tqdm(total=len(runs) * (1 + rounds), disable=not progress, unit="turn") as bar:
+        for _, group in groupby(runs, key=lambda run: run.shape):
+            _measure(list(group), steps, rounds, warmup_steps, threads, timeout_s, bar, tell)
+    prepared: dict[str, Any] = next((run.prepared for run in runs if run.prepared), {})
+    machine |= {"threads": prepared.get("threads"), "gpu": prepared.get("gpu")}
+    git_sha, git_dirty = records.git_state()
+    return records.validate(
+        {
+            "schema": records.SCHEMA,
+            "command": records.command(),
+            "started_at": started_at,
+            "machine": machine,
+            "versions": records.versions(),
+            "git_sha": git_sha,
+            "git_dirty": git_dirty,
+            "recipe": config.name,
+            "model": prepared.get("model"),
+            "data": prepared.get("data"),
+            "protocol": {
+                "steps": steps,
+                "rounds": rounds,
+                "warmup_steps": warmup_steps,
+                "dropout": "off",
+                "optimizer": "torch.optim.AdamW(fused=True)",
+            },
+            "results": [result(run, runs) for run in runs],
+        }
+    )
+
+
+def _plan(
+    config: RunConfig,
+    cases: Sequence[Case],
+    steps: int,
+    rounds: int,
+    warmup_steps: int,
+    threads: int | None,
+) -> list[Run]:
+    """The cases as runs, grouped by shape, each group led by its reference."""
+    problems = [
+        f"{name} {value} must be at least {least}"
+        for name, value, least in (
+            ("steps", steps, 1),
+            ("rounds", rounds, 1),
+            ("warmup_steps", warmup_steps, 0),
+            ("threads", threads, 1),
+        )
+        if value is not None and value < least
+    ]
+    if not cases:
+        problems.append(f"no cases to measure: name a backend of {', '.join(BACKENDS)}")
+    full = [
+        replace(
+            case,
+            micro_batch_size=(
+                config.train.micro_batch_size
+                if case.micro_batch_size is None
+                else case.micro_batch_size
+            ),
+            block_size=config.data.block_size if case.block_size is None else case.block_size,
+        )
+        for case in cases
+    ]
+    runs: dict[Case, Run] = {}
+    for shape in dict.fromkeys((case.micro_batch_size, case.block_size) for case in full):
+        reference = Case("eager", "fp32", *shape)
+        wanted = [case for case in full if (case.micro_batch_size, case.block_size) == shape]
+        for case in dict.fromkeys([reference, *wanted]):
+            if case.backend not in BACKENDS:
+                problems.append(
+                    f"backend {case.backend!r} can't be measured: "
+                    + near_matches(case.backend, BACKENDS)
+                )
+                continue
+            try:
+                runs[case] = Run(case, _case_config(config, case), case not in wanted)
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return list(runs.values())
+
+
+def _case_config(config: RunConfig, case: Case) -> RunConfig:
+    values = config.model_dump(mode="json")
+    values["data"]["block_size"] = case.block_size
+    values["train"] |= {
+        "backend": case.backend,
+        "precision": case.precision,
+        "micro_batch_size": case.micro_batch_size,
+    }
+    return parse(values)
+
+
+def _measure(
+    runs: list[Run],
+    steps: int,
+    rounds: int,
+    warmup_steps: int,
+    threads: int | None,
+    timeout_s: float,
+    bar: tqdm,
+    tell: Callable[[str], None],
+) -> None:
+    """Take the cases of one shape through all their stages."""
+    with tempfile.TemporaryDirectory(prefix="ort_train-bench-") as folder:
+        try:
+            for run in runs:
+                bar.set_description(f"{run.case}: prepare")
+                run.prepare(
+                    Path(folder),
+                    timeout_s,
+                    num_batches=warmup_steps + steps * rounds,
+                    warmup_steps=warmup_steps,
+                    threads=threads,
+                )
+                if run.status == "ok":
+                    bar.update(1)
+                    tell(f"{run.case}: first step {run.prepared['first_step_s']:.2f} s")
+                else:
+                    bar.update(1 + rounds)
+                    tell(f"{run.case} is {run.status}: {run.reason}")
+            for turn in range(rounds):
+                for run in _rotated(runs, turn):
+                    if run.status != "ok":
+                        continue
+                    bar.set_description(f"{run.case}: round {turn + 1} of {rounds}")
+                    time.sleep(SETTLE_S)
+                    run.round(steps)
+                    if run.status == "ok":
+                        bar.update(1)
+                        rate = 1 / np.median(run.rounds[-1]["step_s"])
+                        tell(f"{run.case}: round {turn + 1} of {rounds}, {rate:.3g} it/s")
+                    else:
+                        bar.update(rounds - turn)
+                        tell(f"{run.case} is {run.status}: {run.reason}")
+            for run in runs:
+                if run.status == "ok":
+                    run.finish()
+            for run in runs[1:]:
+                run.judge(reference=runs[0])
+            runs[0].judge(reference=runs[0])  # last: the others look at its status
+        finally:
+            for run in runs:
+                run.kill()
+
+
+def _rotated(runs: list[Run], turn: int) -> Iterator[Run]:
+    """The runs from another one on in each turn, so that none always follows the same one."""
+    for index in range(len(runs)):
+        yield runs[(turn + index) % len(runs)]
+
+
+# The command line: `ort-train bench`.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ort-train bench`."""
+    add = parser.add_argument
+    add("recipe", help="a recipe's name or path")
+    add("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    add("--backends", default=",".join(BACKENDS), help="comma-separated (default: %(default)s)")
+    add("--precision", help="comma-separated: fp32, bf16, fp16 (default: the recipe's)")
+    add("--batch-sizes", help="comma-separated samples per forward (default: the recipe's)")
+    add("--seq-lens", help="comma-separated tokens per sample (default: the recipe's)")
+    add("--steps", type=int, help="measured steps per round (default: the recipe's)")
+    add("--rounds", type=int, help="turns of each backend (default: the recipe's)")
+    add("--warmup", type=int, help="training steps before the first round (default: the recipe's)")
+    add("--threads", type=int, help="threads of torch and of ONNX Runtime (default: their own)")
+    add("--tiny", action="store_true", help="shrink the model, for a trial in seconds")
+    add("--json", type=Path, metavar="FILE", help="write the record")
+    add("--plot", type=Path, metavar="FILE", help="write a chart, .png or .svg")
+    add("--html", type=Path, metavar="FILE", help="write a self-contained page")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `ort-train bench`.
+
+    Returns:
+        0; 1 where a backend failed or computed other numbers (one that can't run here is no
+        failure).
+
+    Raises:
+        ConfigError: with every problem of the options, before anything is run.
+    """
+    from ort_train import report
+    from ort_train.recipes import load_recipe
+
+    problems = [
+        f"{option} {path} is a directory: give the name of a file in it"
+        for option, path in (("--json", args.json), ("--plot", args.plot), ("--html", args.html))
+        if path is not None and path.is_dir()
+    ]
+    if args.plot is not None and args.plot.suffix not in report.PLOT_SUFFIXES:
+        problems.append(f"--plot {args.plot} must end in {' or '.join(report.PLOT_SUFFIXES)}")
+    lists = {
+        "--backends": _words("--backends", args.backends, BACKENDS, problems),
+        "--precision": _words("--precision", args.precision, PRECISIONS, problems),
+        "--batch-sizes": _numbers("--batch-sizes", args.batch_sizes, problems),
+        "--seq-lens": _numbers("--seq-lens", args.seq_lens, problems),
+    }
+    try:
+        config = load_recipe(args.recipe, args.overrides, tiny=args.tiny)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    cases = [
+        Case(backend, precision or config.train.precision, batch_size, block_size)
+        for batch_size, block_size, precision, backend in product(
+            lists["--batch-sizes"],
+            lists["--seq-lens"],
+            lists["--precision"],
+            lists["--backends"],
+        )
+    ]
+    measure = config.measure
+    record = run_benchmark(
+        config,
+        cases,
+        steps=measure.steps if args.steps is None else args.steps,
+        rounds=measure.rounds if args.rounds is None else args.rounds,
+        warmup_steps=measure.warmup_steps if args.warmup is None else args.warmup,
+        threads=args.threads,
+        on_event=lambda line: tqdm.write(line, file=sys.stderr),
+    )
+    report.show(record)
+    for path, save in (
+        (args.json, records.write),
+        (args.plot, report.plot),
+        (args.html, report.html),
+    ):
+        if path is not None:
+            save(record, path)
+            print(f"wrote {path}")
+    return int(any(result["status"] in ("failed", "mismatch") for result in record["results"]))
+
+
+def _words(option: str, text: str | None, known: Sequence[str], problems: list[str]) -> list[Any]:
+    """A comma-separated option's values; [None], the recipe's own, where it isn't given."""
+    if text is None:
+        return [None]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            problems.append(f"{option} {word!r} is unknown: {near_matches(word, known)}")
+    if not words:
+        problems.append(f"{option} is empty: {near_matches('', known)}")
+    return words
+
+
+def _numbers(option: str, text: str | None, problems: list[str]) -> list[Any]:
+    if text is None:
+        return [None]
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if not word.isascii() or not word.isdigit() or int(word) < 1]
+    if wrong:
+        problems.append(f"{option} {text!r} must be whole numbers of at least 1, like 1,2,4")
+        return [None]
+    return [int(word) for word in words]

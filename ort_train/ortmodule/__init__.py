@@ -1,0 +1,10 @@
+"""ORTModule on today's torch and transformers: the only package that knows it.
+
+`options` what can be chosen; `forward` takes over a module's training forward; `engine` is one
+exported graph; `upstream` imports ORTModule and mends it; `aten` runs torch operators for ONNX
+Runtime; `symbolics` and `gradients` are the operators that upstream lacks.
+"""
+
+from ort_train.ortmodule.options import OrtOptions
+
+__all__ = ["OrtOptions"]

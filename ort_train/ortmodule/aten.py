@@ -1,0 +1,214 @@
+"""The ATen executor without a compiler: ORT runs `com.microsoft::ATen` nodes through ctypes callbacks.
+
+Upstream ships the executor as C++ source (`torch_cpp_extensions/cpu/aten_op_executor`) that has to
+be compiled against the installed torch. ONNX Runtime only wants the addresses of two C functions,
+so two ctypes callbacks serve as well, at the same step time: an ATen node runs once or twice a
+step (embedding and its gradient), and the work is done by torch either way.
+
+A C callback can't raise. An exception inside one is kept, and the node's output is poisoned with
+a data type that ONNX Runtime refuses, which ends the run at that very node. Whoever started the
+run then calls :func:`raise_pending`, so the user gets the original exception and its traceback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import dlpack
+
+_CAPSULE_NAME = b"dltensor"
+_USED_CAPSULE_NAME = b"used_dltensor"
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_rename_capsule = ctypes.pythonapi.PyCapsule_SetName
+_rename_capsule.restype = ctypes.c_int
+_rename_capsule.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+class _DLTensor(ctypes.Structure):
+    """The head of DLManagedTensor (dlpack.h), as far as the data type."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype_code", ctypes.c_uint8),
+        ("dtype_bits", ctypes.c_uint8),
+        ("dtype_lanes", ctypes.c_uint16),
+    ]
+
+
+# No DLDataTypeCode has this value, so ONNX Runtime's DlpackToOrtValue refuses the tensor.
+_POISON_DTYPE_CODE = 255
+
+
+class _Argument(NamedTuple):
+    kind: str  # kind of the element type: "TensorType", "IntType", ...
+    is_list: bool
+    is_optional: bool
+    default: Any
+
+
+class _Operator(NamedTuple):
+    overload: Any  # torch._ops.OpOverload
+    arguments: tuple[_Argument, ...]
+    return_kinds: tuple[str, ...]
+
+
+_SCALARS: dict[str, Any] = {
+    "IntType": int,
+    "SymIntType": int,
+    "FloatType": float,
+    "BoolType": bool,
+    "NumberType": lambda value: value,
+    "ScalarTypeType": int,
+}
+
+
+def _parse_argument(argument: torch.Argument) -> _Argument:
+    kind = argument.real_type if hasattr(argument, "real_type") else argument.type
+    is_optional = kind.kind() == "OptionalType"
+    if is_optional:
+        kind = kind.getElementType()
+    is_list = kind.kind() == "ListType"
+    if is_list:
+        kind = kind.getElementType()
+    default = argument.default_value if argument.has_default_value() else None
+    return _Argument(kind.kind(), is_list, is_optional, default)
+
+
+@functools.cache
+def _operator(name: bytes, overload: bytes) -> _Operator:
+    namespace, _, short_name = name.decode().rpartition("::")
+    packet = getattr(getattr(torch.ops, namespace or "aten"), short_name)
+    op = getattr(packet, overload.decode() or "default")
+    arguments = tuple(_parse_argument(argument) for argument in op._schema.arguments)
+    returns = tuple(value.type.kind() for value in op._schema.returns)
+    return _Operator(op, arguments, returns)
+
+
+def _to_python(argument: _Argument, pointer: int | None) -> Any:
+    """An ORT input as the operator's argument; takes ownership of the DLManagedTensor."""
+    if not pointer:
+        return None if argument.is_optional else argument.default
+    tensor = torch._C._from_dlpack(_new_capsule(pointer, _CAPSULE_NAME, None))
+    if argument.kind == "TensorType":
+        return tensor
+    if argument.kind not in _SCALARS:
+        raise TypeError(f"an ATen node can't pass an argument of kind {argument.kind}")
+    convert = _SCALARS[argument.kind]
+    values = tensor.reshape(-1).tolist()
+    return [convert(value) for value in values] if argument.is_list else convert(values[0])
+
+
+def _to_dlpack_pointer(value: Any) -> int | None:
+    """A result as an address of a DLManagedTensor that ONNX Runtime will own."""
+    if value is None:
+        return None
+    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bool:  # ORT's DLPack knows bool only as uint8
+        tensor = tensor.view(torch.uint8)
+    capsule = dlpack.to_dlpack(tensor)
+    pointer = _capsule_pointer(capsule, _CAPSULE_NAME)
+    _rename_capsule(capsule, _USED_CAPSULE_NAME)
+    return pointer
+
+
+def _poisoned_pointer() -> int | None:
+    pointer = _to_dlpack_pointer(torch.zeros(1))
+    ctypes.cast(pointer, ctypes.POINTER(_DLTensor)).contents.dtype_code = _POISON_DTYPE_CODE
+    return pointer
+
+
+_pending: list[BaseException] = []
+_pending_lock = threading.Lock()
+
+
+def _keep(error: BaseException) -> None:
+    with _pending_lock:
+        _pending.append(error)
+
+
+def raise_pending(cause: BaseException | None = None) -> None:
+    """Raise the first exception that a callback kept since the last call, if there is one.
+
+    Args:
+        cause: what ONNX Runtime reported; it is only a shadow of the kept exception and is
+            dropped from the traceback.
+    """
+    with _pending_lock:
+        errors, _pending[:] = list(_pending), []
+    if errors:
+        del cause
+        raise errors[0] from None
+
+
+def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool) -> bool:
+    try:
+        op = _operator(name, overload)
+        kind = op.arguments[index].kind if is_input else op.return_kinds[index]
+        return kind == "TensorType"
+    except BaseException as error:
+        _keep(error)
+        return False
+
+
+def _execute(
+    name: bytes, overload: bytes, num_inputs: int, inputs: Any, num_outputs: int, outputs: Any
+) -> None:
+    try:
+        op = _operator(name, overload)
+        # Every input is converted, even after one failed: ownership passes with the call.
+        arguments = [_to_python(op.arguments[i], inputs[i]) for i in range(num_inputs)]
+        with torch.no_grad():
+            results = op.overload(*arguments)
+        if not isinstance(results, tuple | list):
+            results = (results,)
+        for i in range(num_outputs):
+            outputs[i] = _to_dlpack_pointer(results[i])
+    except BaseException as error:
+        _keep(error)
+        for i in range(num_outputs):
+            outputs[i] = _poisoned_pointer()
+
+
+_IsTensorArgument = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_bool
+)
+_ExecuteOperator = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+# Kept for the life of the process: ONNX Runtime holds their addresses.
+_is_tensor_callback = _IsTensorArgument(_is_tensor_argument)
+_execute_callback = _ExecuteOperator(_execute)
+
+
+def _address(callback: Any) -> int:
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+#: Stands in for upstream's compiled module `aten_op_executor`, with its two functions.
+executor = SimpleNamespace(
+    is_tensor_argument_address=lambda: _address(_is_tensor_callback),
+    execute_aten_operator_address=lambda: _address(_execute_callback),
+)

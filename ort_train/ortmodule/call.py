@@ -1,0 +1,139 @@
+"""A module's call and its result, split into tensors and what surrounds them.
+
+A graph takes and returns flat tensors. What else a call carries (nesting, names, booleans, numbers,
+None) is constant in one graph, and part of the key that picks the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ort_train.errors import UnsupportedModelError
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+#: Numbers that differ from batch to batch: as tensors they are inputs of one graph.
+_NUMBERS_PER_BATCH = frozenset({"num_items_in_batch"})
+
+
+@dataclass(frozen=True)
+class CallSchema:
+    """All of a call but its tensors' values; equal schemas share a graph.
+
+    Attributes:
+        spec: the nesting of (args, kwargs).
+        names: name of each tensor, in order, made of its path in the call.
+        tensors: (rank, dtype, device, requires_grad) of each tensor.
+        constants: (position, value) of all leaves that are not tensors.
+    """
+
+    spec: pytree.TreeSpec
+    names: tuple[str, ...]
+    tensors: tuple[tuple[int, torch.dtype, torch.device, bool], ...]
+    constants: tuple[tuple[int, Any], ...]
+
+    def __hash__(self) -> int:  # TreeSpec's own hash walks its whole repr
+        return hash((self.names, self.tensors, self.constants))
+
+    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the call with these tensors."""
+        args, kwargs = pytree.tree_unflatten(merge(tensors, self.constants), self.spec)
+        return args, kwargs
+
+
+def merge(
+    tensors: tuple[torch.Tensor, ...], constants: tuple[tuple[int, Any], ...]
+) -> list[Any]:
+    """Leaves in order: constants at their positions, tensors in the gaps."""
+    leaves: list[Any] = list(tensors)
+    for position, value in constants:  # ascending, so each insertion finds its place
+        leaves.insert(position, value)
+    return leaves
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    parts = []
+    for entry in path[1:]:  # path[0] tells args from kwargs
+        for attribute in ("key", "idx", "name"):
+            if hasattr(entry, attribute):
+                parts.append(str(getattr(entry, attribute)))
+                break
+    name = "_".join(parts)
+    return name if not name[:1].isdigit() else f"arg_{name}"
+
+
+def describe_call(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[CallSchema, tuple[torch.Tensor, ...]]:
+    """The schema and the tensors of a call.
+
+    Raises:
+        UnsupportedModelError: for an argument that is neither tensor nor constant.
+    """
+    kwargs = {
+        name: torch.tensor(value)
+        if name in _NUMBERS_PER_BATCH and isinstance(value, int | float)
+        else value
+        for name, value in kwargs.items()
+    }
+    leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
+    tensors: list[torch.Tensor] = []
+    names: list[str] = []
+    constants: list[tuple[int, Any]] = []
+    for position, (path, leaf) in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            tensors.append(leaf)
+            names.append(_path_name(path))
+        elif isinstance(leaf, _CONSTANTS):
+            constants.append((position, leaf))
+        else:
+            raise UnsupportedModelError(
+                f"argument {_path_name(path)!r} is a {type(leaf).__name__}: backend 'ort' passes "
+                "tensors, numbers, strings and nests of them; leave the argument out in training "
+                "(for a cache: use_cache=False) or train with backend='eager'"
+            )
+    schema = CallSchema(
+        spec,
+        tuple(names),
+        tuple((t.dim(), t.dtype, t.device, t.requires_grad) for t in tensors),
+        tuple(constants),
+    )
+    return schema, tuple(tensors)
+
+
+@dataclass(frozen=True)
+class ResultSchema:
+    """How a module's flat output tensors become its own output type again."""
+
+    spec: pytree.TreeSpec
+    constants: tuple[tuple[int, Any], ...]
+
+    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+        """The module's own output type (a ModelOutput, a tuple, a tensor, ...)."""
+        return pytree.tree_unflatten(merge(tensors, self.constants), self.spec)
+
+
+def describe_result(result: Any) -> tuple[ResultSchema, tuple[torch.Tensor, ...]]:
+    """The schema and the tensors of what a module returned.
+
+    Raises:
+        UnsupportedModelError: for an output that is neither tensor nor constant.
+    """
+    leaves, spec = pytree.tree_flatten(result)
+    tensors: list[torch.Tensor] = []
+    constants: list[tuple[int, Any]] = []
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            tensors.append(leaf)
+        elif isinstance(leaf, _CONSTANTS):
+            constants.append((position, leaf))
+        else:
+            raise UnsupportedModelError(
+                f"the module returns a {type(leaf).__name__}, which a graph can't: return tensors "
+                "in tuples, dicts or a transformers ModelOutput, or train with backend='eager'"
+            )
+    return ResultSchema(spec, tuple(constants)), tuple(tensors)

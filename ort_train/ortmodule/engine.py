@@ -1,0 +1,271 @@
+"""One exported training graph of a module: built on its first call, then run step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ort_train.errors import BackendUnavailableError, UnsupportedModelError
+from ort_train.ortmodule import gradients, symbolics, upstream
+from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
+from ort_train.ortmodule.options import OrtOptions
+
+logger = logging.getLogger(__name__)
+
+_STOCHASTIC_OPERATORS = frozenset(
+    {"Dropout", "BitmaskDropout", "BiasDropout", "BitmaskBiasDropout", "RandomUniformLike",
+     "RandomNormalLike", "RandomUniform", "RandomNormal", "Bernoulli", "Multinomial"}
+)  # fmt: skip
+
+
+def default_num_threads() -> int:
+    """This rank's share of the cores: torch's thread count, divided among ranks that left it.
+
+    torchrun sets OMP_NUM_THREADS for its ranks, the DeepSpeed launcher doesn't.
+    """
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(torch.get_num_threads(), cores // num_local_ranks))
+
+
+class _GraphModule(torch.nn.Module):
+    """What is exported: flat tensors in, flat tensors out, everything else constant."""
+
+    def __init__(self, module: torch.nn.Module, forward: Callable[..., Any], schema: CallSchema):
+        super().__init__()
+        self.module = module
+        self._module_forward = forward
+        self._schema = schema
+        self.result_schema: ResultSchema | None = None
+        self.__signature__ = None
+
+    def forward(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self._schema.rebuild(tuple(tensors[name] for name in self._schema.names))
+        result = self._module_forward(*args, **kwargs)
+        self.result_schema, outputs = describe_result(result)
+        return outputs
+
+
+@contextlib.contextmanager
+def _training_flags_kept(module: torch.nn.Module) -> Iterator[None]:
+    """ORTModule calls train() on everything below it; submodules kept in eval mode stay so."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Tracing runs the module twice; its buffers (running statistics) must not count that."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _without_checkpointing(module: torch.nn.Module) -> Iterator[bool]:
+    """Gradient checkpointing off while tracing; yields whether it was on anywhere.
+
+    The exporter can't trace torch's checkpoint function. ONNX Runtime recomputes by itself.
+    """
+    flagged = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
+    for m in flagged:
+        m.gradient_checkpointing = False
+    try:
+        yield bool(flagged)
+    finally:
+        for m in flagged:
+            m.gradient_checkpointing = True
+
+
+class Engine:
+    """A training graph for one schema of calls.
+
+    Args:
+        module: holds the parameters and buffers.
+        forward: the module's own forward.
+        schema: the calls that this graph serves.
+        options: how ONNX Runtime builds and runs it.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        forward: Callable[..., Any],
+        schema: CallSchema,
+        options: OrtOptions,
+    ):
+        self._options = options
+        self._graph_module = _GraphModule(module, forward, schema)
+        self._ort_module: Any = None
+        self._is_stochastic = False
+        self._parameter_ids: tuple[int, ...] = ()
+        self._buffer_names: tuple[str, ...] = ()
+        #: Seconds that export, gradient graph and session took.
+        self.build_s = 0.0
+
+    def __call__(self, tensors: tuple[torch.Tensor, ...], parameter_ids: tuple[int, ...]) -> Any:
+        """One training forward; the result is differentiable by torch's autograd.
+
+        Args:
+            tensors: the call's tensors, in the schema's order.
+            parameter_ids: ids of the module's parameters; others than last time's are bound anew.
+        """
+        named = dict(zip(self._graph_module._schema.names, tensors, strict=True))
+        if self._ort_module is None:
+            outputs = self._build_and_run(named)
+            self._parameter_ids = parameter_ids
+        else:
+            self._bind_state(parameter_ids)
+            if self._is_stochastic:
+                self._seed()
+            outputs = self._ort_module(**named)
+        schema = self._graph_module.result_schema
+        assert schema is not None
+        return schema.rebuild(tuple(outputs))
+
+    def _bind_state(self, parameter_ids: tuple[int, ...]) -> None:
+        """ORTModule keeps the parameter and buffer objects of its first step; follow changes."""
+        info = self._training_manager._graph_transition_manager._post_export_processed_model_info
+        if parameter_ids != self._parameter_ids:
+            info._buffer_for_ort_runs = None
+            self._parameter_ids = parameter_ids
+        elif self._buffer_names:
+            buffers = dict(info._flattened_module.named_buffers())
+            for name in self._buffer_names:
+                info._buffer_for_ort_runs[name] = buffers[name]
+
+    @staticmethod
+    def _seed() -> None:
+        """ONNX Runtime's generator follows torch's, so a restored RNG state restores dropout."""
+        onnxruntime = importlib.import_module("onnxruntime")
+        onnxruntime.set_seed(int(torch.randint(2**31 - 1, (), device="cpu")))
+
+    @property
+    def _training_manager(self) -> Any:
+        return self._ort_module._torch_module._execution_manager(True)
+
+    def _build_and_run(self, named: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        started = time.perf_counter()
+        module = self._graph_module.module
+        with _without_checkpointing(module) as recompute_asked:
+            options = self._options
+            if recompute_asked and options.recompute == "none" and not options.recompute_config:
+                options = _with_recompute(options)
+                logger.info("gradient checkpointing is on: ONNX Runtime recomputes layer by layer")
+            rng_state = torch.get_rng_state()
+            with upstream.export_scope(options), _quiet_exporter():
+                with _training_flags_kept(module):
+                    self._ort_module = self._construct(options)
+                symbolics.register(options.onnx_opset_version)
+                gradients.register()
+                self._seed()
+                try:
+                    with _buffers_kept(module):
+                        outputs = self._ort_module(**named)
+                except Exception as error:
+                    self._ort_module = None
+                    raise _explained(error, module) from error
+        manager = self._training_manager
+        self._is_stochastic = any(
+            node.op_type in _STOCHASTIC_OPERATORS
+            for node in manager._onnx_models.optimized_model.graph.node
+        )
+        if not self._is_stochastic:  # a graph without randomness leaves torch's stream alone
+            torch.set_rng_state(rng_state)
+        graph_inputs = set(manager._graph_transition_manager._exported_model_info.onnx_graph_input_names)
+        flattened = manager._flattened_module
+        self._buffer_names = tuple(n for n, _ in flattened.named_buffers() if n in graph_inputs)
+        self.build_s = time.perf_counter() - started
+        logger.info("built a training graph for %s in %.1f s", type(module).__name__, self.build_s)
+        return outputs
+
+    def _construct(self, options: OrtOptions) -> Any:
+        """An ORTModule around the graph module, with the session's threads set."""
+        ortmodule = upstream.load()
+        debug = ortmodule.DebugOptions(
+            log_level=ortmodule.LogLevel[options.log_level.upper()],
+            save_onnx=options.save_onnx,
+            onnx_prefix=options.onnx_prefix,
+        )
+        ort_module = ortmodule.ORTModule(self._graph_module, debug)
+        manager = ort_module._torch_module._execution_manager(True)
+        session_config = manager._get_session_config
+
+        def with_threads() -> Any:
+            session_options, *rest = session_config()
+            num_threads = options.num_threads or default_num_threads()
+            session_options.intra_op_num_threads = num_threads
+            spinning = options.allow_spinning
+            if spinning is None:
+                spinning = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+            session_options.add_session_config_entry(
+                "session.intra_op.allow_spinning", str(int(spinning))
+            )
+            return (session_options, *rest)
+
+        manager._get_session_config = with_threads
+        return ort_module
+
+
+def _with_recompute(options: OrtOptions) -> OrtOptions:
+    from dataclasses import replace
+
+    return replace(options, recompute="layerwise")
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The TorchScript exporter and its tracer warn per operator, and of their own deprecation."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        for pattern in (".*", ):
+            warnings.filterwarnings("ignore", pattern, module=r"torch\.onnx.*")
+            warnings.filterwarnings("ignore", pattern, module=r"onnxruntime.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+_OPERATOR_PATTERNS = (
+    re.compile(r"Unsupported: ONNX export of operator (?P<op>[\w:]+)"),
+    re.compile(r"Exporting the operator '(?P<op>[\w:]+)'"),
+    re.compile(r"operator (?P<op>aten::\w+)"),
+    re.compile(r"unrecognized namespace (?P<op>\w+::\w+)"),
+    re.compile(r"Could not find an implementation for (?P<op>[\w.]+(?:\(\d+\))?)"),
+    re.compile(r"No gradient.*?(?:for|of) (?P<op>\w+)"),
+    re.compile(r"gradient (?:function|builder).*?(?P<op>\w+)"),
+    re.compile(r"Status Message: .*?node\. Name:'[^']*' .*?(?P<op>\w+)"),
+)
+
+
+def _explained(error: Exception, module: torch.nn.Module) -> Exception:
+    """The error that a user gets for a module that ORTModule can't take."""
+    if isinstance(error, UnsupportedModelError | BackendUnavailableError):
+        return error
+    text = str(error)
+    operator = next((m["op"] for p in _OPERATOR_PATTERNS if (m := p.search(text))), None)
+    last_line = next((line for line in reversed(text.splitlines()) if line.strip()), text)
+    what = f"operator {operator}" if operator else last_line.strip()[:300]
+    return UnsupportedModelError(
+        f"backend 'ort' can't train {type(module).__name__}: {what} "
+        f"({last_line.strip()[:300] if operator else type(error).__name__}). "
+        "Train it with backend='compile' or 'eager', or backend='auto', which takes the fastest "
+        "that can; a missing operator can be added in ort_train/ortmodule/symbolics.py"
+    )

@@ -1,0 +1,214 @@
+"""ORTModule's switches as typed options, set only while a graph is built.
+
+Upstream reads its switches from environment variables. Here each is a field with its own type and
+check; :meth:`OrtOptions.environment` puts them into the process's environment for the moment in
+which ORTModule is constructed and exports, and takes them out again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ort_train.errors import ConfigError
+
+LogLevelName = Literal["verbose", "info", "warning", "error", "fatal"]
+_LOG_LEVELS = ("verbose", "info", "warning", "error", "fatal")
+_RECOMPUTE_LEVELS = {"none": 0, "layerwise": 1, "layerwise_compromised": 2}
+_CONV_SEARCHES = ("heuristic", "exhaustive")
+
+
+@dataclass(frozen=True)
+class OrtOptions:
+    """How ONNX Runtime builds and runs the training graph.
+
+    Upstream's own `ORTMODULE_*` variables are not read: one that is set is named in a warning.
+    Source: `onnxruntime/training/ortmodule/options.py` and
+    `docs/ORTModule_Training_Guidelines.md` of onnxruntime 1.19.2.
+
+    Raises:
+        ConfigError: with all problems at once; switches that are dead upstream are refused.
+    """
+
+    #: Threads of ONNX Runtime's pool; None shares this machine's cores among its ranks.
+    num_threads: int | None = None
+    #: Whether idle threads of the pool spin; None: only where no other rank shares the machine.
+    allow_spinning: bool | None = None
+    #: Graph-level reduction of FLOPs (shrinking operators are moved up).
+    compute_optimizer: bool = True
+    #: Upstream's label sparsity: needs a registered CrossEntropyLoss and `compiled_extensions`.
+    label_sparsity: bool = False
+    #: Upstream's padding removal: CUDA and `compiled_extensions` only.
+    embedding_sparsity: bool = False
+    #: Recompute activations in backward instead of keeping them.
+    recompute: Literal["none", "layerwise", "layerwise_compromised"] = "none"
+    #: JSON of chosen recompute subgraphs, instead of `recompute`.
+    recompute_config: str | None = None
+    #: Free gradients during backward; needs `compiled_extensions`.
+    mem_efficient_grad_management: bool = False
+    #: torch.autograd.Function inside the graph (PythonOp): builds ORTModule's C++ extensions.
+    compiled_extensions: bool = False
+    #: Export torch's checkpointed functions as they are; needs `compiled_extensions`.
+    allow_autograd_checkpoint: bool = False
+    #: Copy the module before export; only for modules whose forward changes its own parameters.
+    deepcopy_before_export: bool = False
+    onnx_opset_version: int = 17
+    conv_algo_search: Literal["heuristic", "exhaustive"] = "heuristic"
+    #: Fuse elementwise operators into Triton kernels (CUDA only).
+    triton: bool = False
+    triton_config: str | None = None
+    triton_debug: bool = False
+    #: Measure GPU kernels' variants online (CUDA/ROCm only), for at most this long.
+    tuning: bool = False
+    max_tuning_duration_ms: int | None = None
+    tuning_results_path: str | None = None
+    flash_attention: bool = False
+    efficient_attention: bool = False
+    aten_sdpa: bool = False
+    print_input_density: bool = False
+    print_memory_stats: bool = False
+    #: Save the graphs of each stage as ONNX files under `save_onnx_path`, named by `onnx_prefix`.
+    save_onnx: bool = False
+    onnx_prefix: str = "model"
+    save_onnx_path: str | None = None
+    log_level: LogLevelName = "error"
+    #: Different input schemas that may be exported before the module's use is called a mistake.
+    max_graphs: int = 16
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        for name, minimum in (("num_threads", 1), ("max_tuning_duration_ms", 1), ("max_graphs", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < minimum):
+                yield f"{name}={value!r} must be an integer of at least {minimum}"
+        for name, choices in (
+            ("recompute", tuple(_RECOMPUTE_LEVELS)),
+            ("conv_algo_search", _CONV_SEARCHES),
+            ("log_level", _LOG_LEVELS),
+        ):
+            if getattr(self, name) not in choices:
+                yield f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                yield f"{field.name}={value!r} must be true or false"
+        if self.onnx_opset_version != 17:
+            yield (
+                f"onnx_opset_version={self.onnx_opset_version!r}: ORTModule 1.19.2 builds "
+                "gradients for opset 17, the only one tested here; leave it at 17"
+            )
+        for name in ("recompute_config", "triton_config", "tuning_results_path"):
+            path = getattr(self, name)
+            if path is not None and name != "tuning_results_path" and not Path(path).is_file():
+                yield f"{name}={path!r} is not a file"
+        if self.recompute_config is not None and self.recompute != "none":
+            yield "recompute and recompute_config exclude each other: give one of them"
+        for name in (
+            "label_sparsity",
+            "embedding_sparsity",
+            "mem_efficient_grad_management",
+            "allow_autograd_checkpoint",
+        ):
+            if getattr(self, name) is True and not self.compiled_extensions:
+                yield (
+                    f"{name} inserts a torch.autograd.Function into the graph, which needs "
+                    "ORTModule's compiled extensions: set compiled_extensions=true as well"
+                )
+        if not self.compute_optimizer and (self.label_sparsity or self.embedding_sparsity):
+            yield (
+                "label_sparsity and embedding_sparsity are done by the compute optimizer: "
+                "set compute_optimizer=true or turn them off"
+            )
+        if self.save_onnx:
+            folder = Path(self.save_onnx_path or ".")
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                yield f"save_onnx_path={str(folder)!r} is not a writable folder"
+            if not self.onnx_prefix:
+                yield "onnx_prefix is empty: save_onnx needs a name for its files"
+        for name, parent in (
+            ("triton_config", "triton"),
+            ("triton_debug", "triton"),
+            ("max_tuning_duration_ms", "tuning"),
+        ):
+            if getattr(self, name) and not getattr(self, parent):
+                yield f"{name} is given but {parent} is off: it would be ignored"
+
+    def device_problems(self, device_type: str) -> list[str]:
+        """Options that the device at hand can't honour, one line each."""
+        if device_type == "cuda":
+            return []
+        return [
+            f"{name} works on CUDA devices only, and the module is on {device_type}"
+            for name in (
+                "embedding_sparsity",
+                "triton",
+                "tuning",
+                "flash_attention",
+                "efficient_attention",
+                "aten_sdpa",
+            )
+            if getattr(self, name)
+        ]
+
+    def _variables(self) -> dict[str, str]:
+        def flag(value: bool) -> str:
+            return str(int(value))
+
+        values: dict[str, Any] = {
+            # Never plain PyTorch in silence: an error is raised instead.
+            "ORTMODULE_FALLBACK_POLICY": "FALLBACK_DISABLE",
+            # One ORTModule serves one schema (see forward.py), so its own checks would only cost.
+            "ORTMODULE_SKIPCHECK_POLICY": (
+                "SKIP_CHECK_DEVICE|SKIP_CHECK_BUILD_GRADIENT|SKIP_CHECK_EXECUTION_AGENT"
+            ),
+            "ORTMODULE_LOG_LEVEL": self.log_level.upper(),
+            "ORTMODULE_ENABLE_COMPUTE_OPTIMIZER": flag(self.compute_optimizer),
+            "ORTMODULE_ENABLE_LABEL_SPARSE_OPTIMIZER": flag(self.label_sparsity),
+            "ORTMODULE_ENABLE_EMBEDDING_SPARSE_OPTIMIZER": flag(self.embedding_sparsity),
+            "ORTMODULE_MEMORY_OPT_LEVEL": str(_RECOMPUTE_LEVELS[self.recompute]),
+            "ORTMODULE_MEMORY_OPT_CONFIG": self.recompute_config or "",
+            "ORTMODULE_ENABLE_MEM_EFFICIENT_GRAD_MGMT": flag(self.mem_efficient_grad_management),
+            "ORTMODULE_ENABLE_CUSTOM_AUTOGRAD": flag(self.compiled_extensions),
+            "ORTMODULE_ALLOW_AUTOGRAD_CHECKPOINT": flag(self.allow_autograd_checkpoint),
+            "ORTMODULE_DEEPCOPY_BEFORE_MODEL_EXPORT": flag(self.deepcopy_before_export),
+            "ORTMODULE_ONNX_OPSET_VERSION": str(self.onnx_opset_version),
+            "ORTMODULE_CONV_ALGO_SEARCH": self.conv_algo_search.upper(),
+            "ORTMODULE_USE_TRITON": flag(self.triton),
+            "ORTMODULE_TRITON_CONFIG_FILE": self.triton_config,
+            "ORTMODULE_TRITON_DEBUG": flag(self.triton_debug),
+            "ORTMODULE_ENABLE_TUNING": flag(self.tuning),
+            "ORTMODULE_MAX_TUNING_DURATION_MS": self.max_tuning_duration_ms,
+            "ORTMODULE_TUNING_RESULTS_PATH": self.tuning_results_path,
+            "ORTMODULE_USE_FLASH_ATTENTION": flag(self.flash_attention),
+            "ORTMODULE_USE_EFFICIENT_ATTENTION": flag(self.efficient_attention),
+            "ORTMODULE_ATEN_SDPA_FALLBACK": "1" if self.aten_sdpa else None,
+            "ORTMODULE_PRINT_INPUT_DENSITY": flag(self.print_input_density),
+            "ORTMODULE_PRINT_MEMORY_STATS": flag(self.print_memory_stats),
+            "ORTMODULE_SAVE_ONNX_PATH": self.save_onnx_path,
+            # Upstream's cache key ignores dtype, requires_grad and opset: a stale graph would be
+            # trained. Always off.
+            "ORTMODULE_CACHE_DIR": None,
+        }
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        """Put the options where upstream reads them; the process's variables come back after."""
+        saved = {name: value for name, value in os.environ.items() if "ORTMODULE_" in name}
+        for name in saved:
+            del os.environ[name]
+        os.environ.update(self._variables())
+        try:
+            yield
+        finally:
+            for name in [name for name in os.environ if "ORTMODULE_" in name]:
+                del os.environ[name]
+            os.environ.update(saved)

@@ -1,0 +1,284 @@
+"""The one place that imports ORTModule 1.19.2, and what it takes to do so on today's torch.
+
+Upstream's ORTModule is frozen at 1.19.2 and was written for torch 2.4. Every workaround here names
+its bug and does nothing where the bug isn't. Patches of torch last only for the import of ORTModule
+or for one export (:func:`export_scope`); what stays afterwards lies inside `onnxruntime` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+
+from ort_train.errors import BackendUnavailableError
+from ort_train.ortmodule import aten
+from ort_train.ortmodule.options import OrtOptions
+
+#: The patches below are written against this very release and are applied to no other.
+SUPPORTED_VERSION = "1.19.2"
+_DISTRIBUTIONS = ("onnxruntime-training", "onnxruntime-training-cpu")
+_EXTENSIONS_PACKAGE = "onnxruntime.training.ortmodule.torch_cpp_extensions"
+_EXPORTER = "torch.onnx._internal.torchscript_exporter"
+
+
+def installed_version() -> str | None:
+    """Version of the installed onnxruntime-training, or None."""
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def unavailable_reason() -> str | None:
+    """Why ORTModule can't be used in this environment (one sentence with the way out), or None."""
+    if sys.version_info[:2] not in ((3, 10), (3, 11)):
+        return (
+            f"Python {sys.version_info.major}.{sys.version_info.minor}: onnxruntime-training "
+            f"{SUPPORTED_VERSION} has wheels up to Python 3.11 only; make the environment with "
+            "python3.11"
+        )
+    version = installed_version()
+    if version is None:
+        return "onnxruntime-training is not installed: pip install onnxruntime-training==1.19.2"
+    if version.split("+")[0] != SUPPORTED_VERSION:
+        return (
+            f"onnxruntime-training {version}: only {SUPPORTED_VERSION} is supported; "
+            f"pip install onnxruntime-training=={SUPPORTED_VERSION}"
+        )
+    if importlib.util.find_spec("torch.onnx") is None:
+        return "this torch has no torch.onnx"
+    return None
+
+
+@contextlib.contextmanager
+def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Set attributes for a while; those that were absent are deleted again."""
+    missing = object()
+    saved = {name: owner.__dict__.get(name, missing) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is missing:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _torch_onnx_aliases() -> Iterator[None]:
+    """The exporter's modules under the names that ORTModule imports them by.
+
+    torch 2.9 moved `torch.onnx._internal.{jit_utils,registration,onnx_proto_utils}` and
+    `torch.onnx.{_globals,_type_utils}` into `torch.onnx._internal.torchscript_exporter`.
+    """
+    with contextlib.ExitStack() as stack:
+        for package, names in (
+            ("torch.onnx._internal", ("jit_utils", "registration", "onnx_proto_utils")),
+            ("torch.onnx", ("_globals", "_type_utils")),
+        ):
+            for name in names:
+                alias = f"{package}.{name}"
+                if alias in sys.modules or importlib.util.find_spec(alias) is not None:
+                    continue
+                module = importlib.import_module(f"{_EXPORTER}.{name}")
+                sys.modules[alias] = module
+                stack.callback(sys.modules.pop, alias, None)
+                stack.enter_context(_attributes(sys.modules[package], **{name: module}))
+        yield
+
+
+@contextlib.contextmanager
+def _torchscript_exporter() -> Iterator[None]:
+    """`torch.onnx.export` with `dynamo=False`, the default until torch 2.9."""
+    original = torch.onnx.export
+
+    @functools.wraps(original)
+    def export(*args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("dynamo", False)
+        return original(*args, **kwargs)
+
+    with _attributes(torch.onnx, export=export):
+        yield
+
+
+def symbolic_registry() -> Any:
+    """The TorchScript exporter's registry of symbolic functions, by either of its addresses."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.import_module(f"{_EXPORTER}.registration").registry
+    return importlib.import_module("torch.onnx._internal.registration").registry
+
+
+@contextlib.contextmanager
+def _restored_symbolics() -> Iterator[None]:
+    """Take back every symbolic function that is registered meanwhile."""
+    registry = symbolic_registry()
+
+    def overrides() -> dict[str, dict[int, Any]]:
+        groups = {name: registry.get_function_group(name) for name in registry.all_functions()}
+        return {name: dict(group._functions._overrides) for name, group in groups.items()}
+
+    before = overrides()
+    try:
+        yield
+    finally:
+        for name, after in overrides().items():
+            functions = registry.get_function_group(name)._functions
+            for opset in after:
+                functions.remove_override(opset)
+            for opset, function in before.get(name, {}).items():
+                functions.override(opset, function)
+
+
+@contextlib.contextmanager
+def _untouched_torch() -> Iterator[None]:
+    """Undo what importing ORTModule does to torch and DeepSpeed.
+
+    `onnxruntime/training/ortmodule/__init__.py` replaces `torch.manual_seed`,
+    `torch.cuda.manual_seed` and the checkpoint functions for the life of the process. Seeds are
+    passed to ONNX Runtime step by step instead (engine.py), and recomputation is an option.
+    """
+    hidden = sys.modules.get("deepspeed")
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # its import alone takes seconds
+    try:
+        with (
+            _attributes(torch, manual_seed=torch.manual_seed),
+            _attributes(torch.cuda, manual_seed=torch.cuda.manual_seed),
+            _attributes(
+                torch.utils.checkpoint, checkpoint=torch.utils.checkpoint.checkpoint
+            ),
+        ):
+            yield
+    finally:
+        del sys.modules["deepspeed"]
+        if hidden is not None:
+            sys.modules["deepspeed"] = hidden
+
+
+def _provide_extensions() -> None:
+    """Put stand-ins where ORTModule looks for its compiled extensions.
+
+    The ATen executor is ours (aten.py). The PythonOp helpers are empty until
+    `compiled_extensions` asks for them.
+    """
+    interop = types.SimpleNamespace(
+        clear_all_grad_fns=lambda: None,
+        get_custom_function_forward_runner=lambda: 0,
+        get_custom_function_backward_runner=lambda: 0,
+    )
+    sys.modules.setdefault(f"{_EXTENSIONS_PACKAGE}.aten_op_executor", aten.executor)  # type: ignore[arg-type]
+    sys.modules.setdefault(f"{_EXTENSIONS_PACKAGE}.torch_interop_utils", interop)  # type: ignore[arg-type]
+
+
+def _silence_nvtx() -> None:
+    """CPU builds of torch raise `NVTX functions not installed` from every nvtx call.
+
+    ORTModule marks its steps with them (`training/utils/torch_profile_utils.py`).
+    """
+    if torch.version.cuda is None and torch.version.hip is None:
+        profile = importlib.import_module("onnxruntime.training.utils.torch_profile_utils")
+        profile.torch_nvtx_range_push = lambda message: None
+        profile.torch_nvtx_range_pop = lambda: None
+
+
+def _surface_callback_errors() -> None:
+    """Raise the exception of an ATen callback in place of ONNX Runtime's report of its effect."""
+    agent = importlib.import_module("onnxruntime.training.ortmodule._execution_agent")
+
+    def surfacing(run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = run(*args, **kwargs)
+            except Exception as error:
+                aten.raise_pending(error)
+                raise
+            aten.raise_pending()
+            return result
+
+        return wrapper
+
+    for name in ("run_forward", "run_backward"):
+        setattr(agent.TrainingAgent, name, surfacing(getattr(agent.TrainingAgent, name)))
+
+
+@functools.cache
+def load() -> types.ModuleType:
+    """Import `onnxruntime.training.ortmodule`, ready to use on this torch.
+
+    Raises:
+        BackendUnavailableError: with the reason and the way out.
+    """
+    reason = unavailable_reason()
+    if reason is not None:
+        raise BackendUnavailableError(f"backend 'ort' can't run here: {reason}")
+    _provide_extensions()
+    try:
+        with OrtOptions().environment(), _torch_onnx_aliases(), _untouched_torch():
+            ortmodule = importlib.import_module("onnxruntime.training.ortmodule")
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(
+            f"backend 'ort' can't run here: importing ORTModule failed with {error}; "
+            "`ort-train doctor` looks for the cause"
+        ) from error
+    # Set at import where no compiled extension lies in site-packages; ours stand in for them.
+    ortmodule._FALLBACK_INIT_EXCEPTION = None
+    _silence_nvtx()
+    _surface_callback_errors()
+    return ortmodule
+
+
+def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[..., Any]:
+    """ORTModule builds gradients of frozen parameters too (`_graph_transition_manager.py`,
+    `_export_model`: every parameter is listed as requiring grad), which costs a LoRA run most of
+    its backward pass."""
+
+    @functools.wraps(export_model)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        model, schema, names, names_with_grad = export_model(*args, **kwargs)
+        module = kwargs["flattened_module"]
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        return model, schema, names, [name for name in names_with_grad if name not in frozen]
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def export_scope(options: OrtOptions) -> Iterator[None]:
+    """Everything that construction and export of one ORTModule need, taken back at the end."""
+    load()
+    transition = importlib.import_module(
+        "onnxruntime.training.ortmodule._graph_transition_manager"
+    )
+    manager = transition.GraphTransitionManager
+    label_hook = manager._add_check_label_sparsity_hook
+
+    def add_label_hook(enable: bool, *args: Any, **kwargs: Any) -> list[Any]:
+        # Upstream passes the *embedding* switch here, and returns None instead of an empty list
+        # where it is off, so ORTMODULE_ENABLE_COMPUTE_OPTIMIZER=0 ended in a TypeError.
+        return label_hook(options.label_sparsity, *args, **kwargs) or []
+
+    with (
+        options.environment(),
+        _torch_onnx_aliases(),
+        _torchscript_exporter(),
+        _restored_symbolics(),
+        _attributes(
+            manager,
+            _export_model=staticmethod(_gradients_of_trainable_only(manager._export_model)),
+            _add_check_label_sparsity_hook=staticmethod(add_label_hook),
+        ),
+    ):
+        yield

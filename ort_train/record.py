@@ -1,0 +1,303 @@
+"""The benchmark record: its schema, what it says of machine and versions, its file.
+
+A record is published, so it holds no host name, no user name and no absolute path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ort_train.errors import OrtTrainError
+
+SCHEMA = 1
+# The flags that decide which matrix kernels torch (MKL, oneDNN) and ORT (MLAS) take.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+
+class RecordError(OrtTrainError, ValueError):
+    """A file that is no benchmark record of this schema."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Spread(_Section):
+    """Median with the 20th and 80th percentiles."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+class Parity(_Section):
+    """Distance to eager fp32 of the same shape; null where a value was not finite."""
+
+    first_loss_abs: float | None  # the first step, from identical weights
+    loss_max_abs: float | None  # the first step and every training step after it
+    grad_max_rel: float | None  # worst tensor of the first step: |difference| / |reference|
+    grad_worst: str | None  # that tensor's parameter name
+
+
+class Result(_Section):
+    """One case: a backend in a precision at a shape."""
+
+    backend: str
+    precision: str
+    micro_batch_size: int  # samples per forward
+    block_size: int  # tokens per sample
+    status: Literal["ok", "mismatch", "unavailable", "failed"]
+    reason: str | None = None  # why the status isn't ok
+    reference_only: bool = False  # run as the parity reference, not asked for
+    it_per_s: Spread | None = None  # training iterations: zero_grad, forward, backward, optimizer
+    step_ms: Spread | None = None
+    forward_backward_ms: float | None = None  # median
+    optimizer_ms: float | None = None  # median
+    tokens_per_s: float | None = None  # median iterations/s x samples x tokens
+    first_step_s: float | None = None  # first forward and backward, compilation included
+    peak_gib: float | None = None  # of the process (CPU) or of the device's allocator (CUDA)
+    loss: list[float | None] = []  # of every training step in order, warm-up included
+    parity: Parity | None = None
+    speedup_vs_eager: float | None = None  # median of the ratios of paired rounds
+    speedup_vs_eager_range: tuple[float, float] | None = None  # p20, p80
+    speedup_vs_compile: float | None = None
+    speedup_vs_compile_range: tuple[float, float] | None = None
+
+
+class Machine(_Section):
+    cpu: str
+    cores: int  # that this process may use
+    threads: int | None  # of torch, in every worker
+    memory_gib: float
+    gpu: str | None
+    instruction_sets: list[str]
+    os: str
+    load_average: float | None  # over the minute before the start
+
+
+class Protocol(_Section):
+    """How the steps were measured."""
+
+    steps: int  # measured steps per round
+    rounds: int
+    warmup_steps: int
+    dropout: Literal["off"]  # draws differ between backends, so no parity could be judged
+    optimizer: str
+
+
+class ModelInfo(_Section):
+    architecture: str
+    name: str | None
+    num_parameters: int
+    num_trainable: int
+    adapter: str
+
+
+class Record(BaseModel):
+    """A whole benchmark; a job may add sections of its own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    schema_: Literal[1] = Field(alias="schema")  # plain `schema` is a method of pydantic's
+    command: str
+    started_at: str  # UTC, ISO 8601
+    machine: Machine
+    versions: dict[str, str | None]
+    git_sha: str | None
+    git_dirty: bool | None
+    recipe: str
+    model: ModelInfo | None  # null where no case came as far as a model
+    data: str | None  # which corpus, in words
+    protocol: Protocol
+    results: list[Result]
+
+
+def validate(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a record against the schema.
+
+    Returns:
+        The record as plain data with every optional field present.
+
+    Raises:
+        RecordError: with every problem found.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError(f"a benchmark record is a JSON object, not {type(record).__name__}")
+    if record.get("schema") != SCHEMA:
+        raise RecordError(
+            f"record has schema {record.get('schema')!r}, this version reads {SCHEMA}: "
+            "run the benchmark again with `ort-train bench`"
+        )
+    try:
+        return Record.model_validate(record).model_dump(mode="json", by_alias=True)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        ]
+        raise RecordError("not a benchmark record:\n  - " + "\n  - ".join(lines)) from None
+
+
+def write(record: Mapping[str, Any], path: str | Path) -> None:
+    """Validate a record and write it as JSON, whole or not at all."""
+    # NaN is no JSON: a value that isn't finite must have become null before.
+    text = json.dumps(validate(record), indent=2, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read and validate a record.
+
+    Raises:
+        RecordError: the file can't be read, isn't JSON, or isn't a record of this schema.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"can't read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise RecordError(f"{path} is not JSON ({error}): is it cut off?") from None
+    try:
+        return validate(record)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}") from None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`, renamed to it when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays: matplotlib picks the format by it.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def machine(threads: int | None = None, gpu: str | None = None) -> dict[str, Any]:
+    """This machine, as far as it bears on speed."""
+    cpu, flags = _cpu()
+    return {
+        "cpu": cpu,
+        "cores": _cores(),
+        "threads": threads,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": gpu,
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
+        "os": _os(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 1
+
+
+def _cpu() -> tuple[str, set[str]]:
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:  # not Linux
+        pass
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    return model, set((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def _os() -> str:
+    try:
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        system = platform.system()
+    return f"{system}, {platform.machine()}"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides speed and numbers; null for what isn't installed."""
+    import ort_train
+
+    names = ("torch", "transformers", "onnxruntime", "onnx", "peft", "numpy")
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= {name: _version(name) for name in names}
+    # The training wheel carries the module `onnxruntime` under another distribution's name.
+    found["onnxruntime"] = _version("onnxruntime-training") or found["onnxruntime"]
+    found["ort_train"] = getattr(ort_train, "__version__", None) or _version("ort_train")
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit that this package runs from, and whether tracked files differ from it.
+
+    Returns:
+        (None, None) outside a checkout.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(PACKAGE_ROOT), *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        ).stdout.strip()
+
+    try:
+        # An environment may stand inside somebody else's repository: this file must be tracked.
+        git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def command() -> str:
+    """The command line of this process, without directories of this machine."""
+    return " ".join([Path(sys.argv[0]).name or "python", *(scrub(word) for word in sys.argv[1:])])
+
+
+def scrub(text: str) -> str:
+    """Shorten the directories of this machine, so that a record can be published."""
+    # sys.prefix comes first: an environment often stands inside the checkout.
+    directories = {
+        sys.prefix: "<env>",
+        sys.base_prefix: "<python>",
+        tempfile.gettempdir(): "<tmp>",
+        str(Path.cwd()): ".",
+        str(PACKAGE_ROOT): "<ort_train>",
+        str(Path.home()): "~",
+    }
+    for directory, short in directories.items():
+        if len(directory) > 1:  # "/" as home or working directory names nothing
+            text = text.replace(directory, short)
+    return text
