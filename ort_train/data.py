@@ -151,11 +151,14 @@ def make_blocks(
     )
 
 
-def hub_problem(timeout_s: float) -> str | None:
-    """Asks the hub for a sign of life, once.
+def hub_problem(repository: str, timeout_s: float = 3.0) -> str | None:
+    """Asks the hub about a repository, once, to spare the hub's clients their retries.
+
+    Args:
+        repository: ``datasets/ID`` or ``models/ID``.
 
     Returns:
-        None where it answers, else the reason in a few words.
+        None where it answers, if only that it has no such repository; else the reason.
     """
     from huggingface_hub import constants
 
@@ -164,13 +167,14 @@ def hub_problem(timeout_s: float) -> str | None:
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def ask() -> None:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         try:
-            urllib.request.urlopen(request, timeout=timeout_s).close()
+            url = f"{constants.ENDPOINT}/api/{repository}"
+            urllib.request.urlopen(url, timeout=timeout_s).close()
             answers.put(None)
         except urllib.error.HTTPError as error:
-            # Any answer will do, but not one that says that nothing else will come.
-            answers.put(f"answers with status {error.code}" if error.code >= 500 else None)
+            # The hub explains its refusals in this header; a proxy in between doesn't.
+            from_hub = "X-Error-Code" in error.headers
+            answers.put(None if from_hub else f"answers with status {error.code}")
         except Exception as error:
             answers.put(f"can't be reached ({getattr(error, 'reason', None) or error})")
 
@@ -186,7 +190,7 @@ def _from_hub(dataset: str, subset: str | None, text_column: str, timeout_s: flo
     import datasets
 
     label = f"{dataset} {subset}" if subset else dataset
-    problem = hub_problem(timeout_s)
+    problem = hub_problem(f"datasets/{dataset}", timeout_s)
     with _offline() if problem else contextlib.nullcontext():
         try:
             splits = datasets.load_dataset(dataset, subset)
