@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from ort_train.errors import OrtTrainError
 SCHEMA = 1
 # The flags that decide which matrix kernels torch (MKL, oneDNN) and ORT (MLAS) take.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+# The folders of an absolute path that no known directory begins; not those of a URL.
+_OTHER_DIRECTORIES = re.compile(r"(?<![\w.~>:/])/(?:[^\s/\"']+/)+")
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -288,16 +291,16 @@ def command() -> str:
 
 def scrub(text: str) -> str:
     """Shorten the directories of this machine, so that a record can be published."""
-    # sys.prefix comes first: an environment often stands inside the checkout.
+    # From the innermost out: an environment often stands inside the checkout.
     directories = {
         sys.prefix: "<env>",
         sys.base_prefix: "<python>",
         tempfile.gettempdir(): "<tmp>",
-        str(Path.cwd()): ".",
         str(PACKAGE_ROOT): "<ort_train>",
+        str(Path.cwd()): ".",
         str(Path.home()): "~",
     }
     for directory, short in directories.items():
         if len(directory) > 1:  # "/" as home or working directory names nothing
             text = text.replace(directory, short)
-    return text
+    return _OTHER_DIRECTORIES.sub("", text)
