@@ -1,0 +1,356 @@
+"""Models and their tokenizers: loaded, or made at any size from a seed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from .config import MIN_VOCAB_SIZE, ModelConfig, near_matches
+from .data import hub_problem
+from .errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_VOCAB_SIZE = 4096
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_BOS, _EOS, _PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+_TOKENIZER_FORMAT = 1  # part of the cache's key: raise it when the training changes
+
+# Sizes of a tiny model, by the names that architectures give them; only those that a config has
+# are set. The number of key-value heads keeps to one of: all, half, or one.
+_TINY_SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "ffn_dim": 128,
+    "ffn_hidden_size": 128,
+    "n_inner": 128,
+    "word_embed_proj_dim": 64,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "query_pre_attn_scalar": 16,
+    "rotary_dim": 16,
+    "sliding_window": 32,
+    "max_window_layers": 2,
+}
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+# Lists with one entry per layer, which the config makes anew for the layers there are.
+_PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+# transformers 5 folds these into rope_parameters and still takes them.
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+
+
+def make_tokenizer(
+    text: str, vocab_size: int, cache_dir: str | Path | None = None
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE on the text, or reads the one trained on it before.
+
+    Args:
+        vocab_size: entries at most, special tokens included; a short text yields fewer.
+        cache_dir: None: $ORT_TRAIN_CACHE, or ~/.cache/ort_train. Where it can't be written, the
+            tokenizer is trained each time.
+
+    Returns:
+        A tokenizer with bos, eos and pad tokens, which adds none of them by itself.
+
+    Raises:
+        ModelError: the vocabulary has no room for the 256 bytes and the special tokens.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ModelError(
+            f"model.vocab_size {vocab_size} is too small for a byte-level BPE, which has 256 bytes "
+            f"and 3 special tokens: set it to {MIN_VOCAB_SIZE} or more"
+        )
+    key = hashlib.sha256(f"{_TOKENIZER_FORMAT} {vocab_size}\n{text}".encode()).hexdigest()[:32]
+    root = cache_dir or os.environ.get("ORT_TRAIN_CACHE") or "~/.cache/ort_train"
+    path = Path(root).expanduser() / "tokenizers" / f"{key}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One of several ranks trains, the others read.
+        with FileLock(path.with_suffix(".lock")):
+            trained = _read_tokenizer(path)
+            if trained is None:
+                trained = _train_tokenizer(text, vocab_size)
+                _write_atomically(path, trained.to_str())
+    except OSError as error:
+        logger.warning("the tokenizer isn't cached: %s", error)
+        trained = _train_tokenizer(text, vocab_size)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token=_BOS, eos_token=_EOS, pad_token=_PAD
+    )
+
+
+def load_tokenizer(
+    model: ModelConfig, text: str | None = None, cache_dir: str | Path | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, the loaded model's own, or one trained on the text.
+
+    Where it has no pad token, the eos token becomes it, with a notice.
+
+    Args:
+        text: the training corpus; read only for a made model that names no tokenizer.
+
+    Raises:
+        ModelError: it can't be loaded, or has neither pad nor eos token.
+    """
+    name = model.tokenizer or model.name_or_path
+    if name is None:
+        if text is None:
+            raise ModelError(
+                f"a made {model.architecture} needs a tokenizer: set model.tokenizer, or give the "
+                "text to train one on"
+            )
+        return make_tokenizer(text, model.vocab_size or _DEFAULT_VOCAB_SIZE, cache_dir)
+    revision = None if model.tokenizer else model.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **_origin(model, name, revision))
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"can't load the tokenizer of {name}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {name} has neither a pad nor an eos token, and batches can't be "
+                "padded: set model.tokenizer to one that has"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.warning(
+            "the tokenizer of %s has no pad token: its eos token %s pads", name, tokenizer.eos_token
+        )
+    return tokenizer
+
+
+def load_model(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, block_size: int
+) -> PreTrainedModel:
+    """Loads the model's weights, or makes them from the seed.
+
+    What doesn't fit is found from the config, before any weight is read.
+
+    Args:
+        model: with `name_or_path` the weights are loaded, else those of `architecture` are made.
+        tokenizer: a made model takes at least its size as vocabulary; its special tokens go into
+            the model's config where that has none of its own.
+        seed: of torch's random generator, which is left where making the model brings it.
+        block_size: tokens per sample, which the model must have positions for.
+
+    Returns:
+        A causal language model on the CPU, in training mode.
+
+    Raises:
+        ModelError: unknown architecture or config fields, a config that the architecture refuses,
+            too few positions or vocabulary entries, or weights that can't be loaded.
+    """
+    config = _loaded_config(model) if model.name_or_path else _made_config(model, tokenizer)
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < block_size:
+        raise ModelError(
+            f"data.block_size {block_size} exceeds max_position_embeddings {positions} of the "
+            f"model: set data.block_size={positions} or less"
+        )
+    if len(tokenizer) > text_config.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only "
+            f"{text_config.vocab_size}: set model.tokenizer=null to take the model's own, or "
+            "model.tokenizer to one that fits"
+        )
+    for field in _SPECIAL_IDS:
+        if getattr(text_config, field, None) is None:
+            setattr(text_config, field, getattr(tokenizer, field))
+    options = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
+    torch.manual_seed(seed)
+    try:
+        if model.name_or_path:
+            made = AutoModelForCausalLM.from_pretrained(
+                model.name_or_path,
+                config=config,
+                **options,
+                **_origin(model, model.name_or_path, model.revision),
+            )
+        else:
+            made = AutoModelForCausalLM.from_config(config, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(_refusal(model, error)) from error
+    for field in _SPECIAL_IDS:
+        if made.generation_config is not None and getattr(made.generation_config, field) is None:
+            setattr(made.generation_config, field, getattr(text_config, field))
+    return made.train()
+
+
+def tiny_config(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Shrinks an architecture to about 64 hidden units in 2 layers.
+
+    Args:
+        architecture: transformers model_type.
+        fields: config fields that are given besides; what isn't a size is kept.
+
+    Returns:
+        The fields of the tiny config, without `vocab_size`, which the tokenizer decides.
+
+    Raises:
+        ModelError: unknown architecture or fields.
+    """
+    full = _made_config_of(architecture, fields)
+    aliases = full.attribute_map
+    accepted = _accepted_fields(type(full))
+    given = {aliases.get(name, name): name for name in fields}
+    sizes = {name: size for name, size in full.to_dict().items() if isinstance(size, int)}
+    result = {
+        name: value for name, value in fields.items() if name not in (*_PER_LAYER, "vocab_size")
+    }
+
+    def shrink(name: str, size: int) -> None:
+        name = aliases.get(name, name)
+        if name in accepted and sizes.get(name, 0) > size:
+            result[given.get(name, name)] = size
+
+    for name, size in _TINY_SIZES.items():
+        shrink(name, size)
+    heads = getattr(full, "num_attention_heads", None)
+    for name in _KV_HEADS:
+        kv_heads = sizes.get(name)
+        shrink(name, _TINY_SIZES["num_attention_heads"] if kv_heads == heads else 2)
+    return result
+
+
+def _made_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    assert model.architecture is not None  # config.parse sees to it
+    vocab_size = max(model.config.get("vocab_size", 0), len(tokenizer))
+    special = {name: getattr(tokenizer, name) for name in _SPECIAL_IDS}
+    return _made_config_of(model.architecture, model.config, special | {"vocab_size": vocab_size})
+
+
+def _made_config_of(
+    architecture: str, fields: Mapping[str, Any], from_tokenizer: Mapping[str, Any] | None = None
+) -> PretrainedConfig:
+    if architecture not in CONFIG_MAPPING:
+        hint = near_matches(architecture, CONFIG_MAPPING)
+        raise ModelError(
+            f"model.architecture {architecture} is unknown to this transformers: "
+            + (hint if hint.startswith("did") else "it should be a model_type such as llama")
+        )
+    _check_fields(CONFIG_MAPPING[architecture], fields)
+    try:
+        return AutoConfig.for_model(architecture, **{**fields, **(from_tokenizer or {})})
+    except Exception as error:  # configs raise types of their own
+        raise ModelError(f"model.config doesn't make a {architecture}: {error}") from error
+
+
+def _loaded_config(model: ModelConfig) -> PretrainedConfig:
+    name = model.name_or_path
+    assert name is not None
+    origin = _origin(model, name, model.revision)
+    try:
+        config = AutoConfig.from_pretrained(name, **origin)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"can't load model {name}: {error}") from error
+    _check_fields(type(config), model.config, config.to_dict())
+    try:
+        return AutoConfig.from_pretrained(name, **origin, **model.config)
+    except Exception as error:  # configs raise types of their own
+        raise ModelError(f"model.config doesn't fit {name}: {error}") from error
+
+
+def _refusal(model: ModelConfig, error: Exception) -> str:
+    verb = f"load {model.name_or_path}" if model.name_or_path else f"make a {model.architecture}"
+    message = f"can't {verb} as a causal language model: {error}"
+    if "attention implementation" in str(error):
+        message += "; set model.attention=eager"
+    elif model.name_or_path and model.config:
+        message += "; set model.config={} to leave the loaded config as it is"
+    return message
+
+
+def _check_fields(
+    kind: type[PretrainedConfig], fields: Mapping[str, Any], loaded: Iterable[str] = ()
+) -> None:
+    """Refuses fields that the config would store and never read."""
+    known = _accepted_fields(kind).union(loaded)
+    if unknown := [field for field in fields if field not in known]:
+        hints = [f"{field} ({near_matches(field, known)})" for field in unknown]
+        raise ModelError(f"model.config fields unknown to {kind.model_type}: {'; '.join(hints)}")
+
+
+def _accepted_fields(kind: type[PretrainedConfig]) -> set[str]:
+    own = inspect.signature(kind.__init__).parameters.keys() - {"self", "kwargs"}
+    shared = (name for name in PretrainedConfig().to_dict() if not name.startswith("_"))
+    return own.union(shared, kind.attribute_map, kind.attribute_map.values(), _ROPE_FIELDS)
+
+
+def _origin(model: ModelConfig, name: str, revision: str | None) -> dict[str, Any]:
+    """Arguments of from_pretrained; an unreachable hub isn't asked again and again."""
+    absent = not os.path.isdir(name) and hub_problem(f"models/{name}") is not None
+    return {
+        "revision": revision or "main",
+        "trust_remote_code": model.trust_remote_code,
+        "local_files_only": absent,
+    }
+
+
+def _train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_BOS, _EOS, _PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def _read_tokenizer(path: Path) -> Tokenizer | None:
+    """The cached tokenizer; None where there is none, or a corrupt one."""
+    if not path.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception
+        logger.warning("training the tokenizer again, as %s can't be read: %s", path, error)
+        return None
+    whole = all(tokenizer.token_to_id(token) is not None for token in (_BOS, _EOS, _PAD))
+    return tokenizer if whole else None
+
+
+def _write_atomically(path: Path, content: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
