@@ -36,7 +36,10 @@ class Case:
 
 @dataclass
 class Run:
-    """A case on its way through the benchmark."""
+    """A case on its way through the benchmark.
+
+    A stage that fails is noted in `status` and `reason`; nothing is raised.
+    """
 
     case: Case
     config: RunConfig
@@ -51,8 +54,9 @@ class Run:
     parity: dict[str, Any] | None = None
 
     @property
-    def shape(self) -> tuple[int | None, int | None]:
-        return self.case.micro_batch_size, self.case.block_size
+    def shape(self) -> tuple[int, int]:
+        """Samples per forward, tokens per sample."""
+        return self.config.train.micro_batch_size, self.config.data.block_size
 
     def prepare(self, folder: Path, timeout_s: float, **arguments: Any) -> None:
         """Start the case's process and take it through its first and its warm-up steps."""
@@ -75,6 +79,7 @@ class Run:
             self.peak_gib = reply["peak_gib"]
 
     def kill(self) -> None:
+        """End the process, whatever it is doing."""
         if self.worker is not None:
             self.worker.kill()
 
@@ -123,7 +128,7 @@ def _tolerance(config: RunConfig) -> Tolerance:
 def result(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     """The record's entry of one run."""
     case = run.case
-    result: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "backend": case.backend,
         "precision": case.precision,
         "micro_batch_size": case.micro_batch_size,
@@ -133,20 +138,19 @@ def result(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         "reference_only": run.reference_only,
     }
     if run.prepared:
-        result["first_step_s"] = _short(run.prepared["first_step_s"])
-        losses = [run.prepared["first_loss"], *run.trajectory.losses]
-        result["loss"] = [finite(_short(loss)) for loss in losses[1:]]
+        entry["first_step_s"] = _short(run.prepared["first_step_s"])
+        entry["loss"] = [finite(_short(loss)) for loss in run.trajectory.losses]
     if run.status not in ("ok", "mismatch"):
-        return result
-    assert case.micro_batch_size is not None and case.block_size is not None
+        return entry
+    num_tokens = run.config.train.micro_batch_size * run.config.data.block_size
     step_s = np.array(run.series("step_s"))
     rate = 1 / step_s
-    result |= {
+    entry |= {
         "it_per_s": _spread(rate),
         "step_ms": _spread(step_s * 1e3),
         "forward_backward_ms": _short(np.median(run.series("forward_backward_s")) * 1e3),
         "optimizer_ms": _short(np.median(run.series("optimizer_s")) * 1e3),
-        "tokens_per_s": _short(np.median(rate) * case.micro_batch_size * case.block_size),
+        "tokens_per_s": _short(np.median(rate) * num_tokens),
         "peak_gib": None if run.peak_gib is None else _short(run.peak_gib),
         "parity": run.parity,
     }
@@ -154,9 +158,9 @@ def result(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         ratios = _ratios(run, replace(case, backend=baseline), runs)
         if ratios is not None:
             spread = _spread(ratios)
-            result[f"speedup_vs_{baseline}"] = spread["median"]
-            result[f"speedup_vs_{baseline}_range"] = [spread["p20"], spread["p80"]]
-    return result
+            entry[f"speedup_vs_{baseline}"] = spread["median"]
+            entry[f"speedup_vs_{baseline}_range"] = [spread["p20"], spread["p80"]]
+    return entry
 
 
 def _ratios(run: Run, baseline: Case, runs: Sequence[Run]) -> np.ndarray | None:

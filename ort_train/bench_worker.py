@@ -248,8 +248,10 @@ def build(
     torch.manual_seed(train.seed)  # for the adapter's first weights
     model = apply_adapter(model, config.adapter)
     disable_dropout(model)
+    model.config.use_cache = False  # as transformers' Trainer does: a cache only costs here
     size = train.micro_batch_size
-    blocks = make_blocks(corpus.train_text, tokenizer, data.block_size, num_batches * size)
+    num_blocks = min(num_batches * size, data.max_train_blocks or num_batches * size)
+    blocks = make_blocks(corpus.train_text, tokenizer, data.block_size, num_blocks)
     rows = blocks.with_format("torch")
     # At least one full batch, from the start again where the text is shorter than that.
     batches = []

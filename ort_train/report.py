@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 PLOT_SUFFIXES = (".png", ".svg")
 # Okabe and Ito's palette, told apart by colour-blind readers too. https://jfly.uni-koeln.de/color
 COLORS = {"eager": "#8c8c8c", "compile": "#0072b2", "ort": "#d55e00"}
+ALPHAS = {"fp32": 1.0, "bf16": 0.7, "fp16": 0.45}
 STATUS_STYLES = {
     "ok": "green",
     "mismatch": "bold red",
     "failed": "bold red",
     "unavailable": "yellow",
 }
-WIDE = 150  # characters that the table needs to be read without folded cells
+TIMES = "\N{MULTIPLICATION SIGN}"  # charts only: not every terminal can show it
 NONE = "-"
 
 Record = Mapping[str, Any]
@@ -80,10 +81,13 @@ def table(record: Record, upright: bool = False) -> Table:
 def show(record: Record, console: Console | None = None) -> None:
     """Print the table, as the width allows, and what has to be said below it."""
     console = console or Console()
+    shown = table(record)
+    needed = console.measure(shown, options=console.options.update(width=1000)).maximum
     if not console.is_terminal:
-        console.width = max(console.width, WIDE)
-    upright = console.width < WIDE and len(results(record)) <= 3
-    console.print(table(record, upright=upright))
+        console.width = max(console.width, needed)  # in a file nothing has to be folded
+    if console.width < needed and len(results(record)) <= 3:
+        shown = table(record, upright=True)
+    console.print(shown)
     for line in summary_lines(record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -130,7 +134,7 @@ def summary_lines(record: Record) -> list[str]:
 def machine_line(record: Record) -> str:
     """Processor, threads, memory, GPU."""
     machine = record["machine"]
-    threads = "" if machine["threads"] is None else f", {machine['threads']} threads"
+    threads = _threads(machine)
     parts = [
         f"{machine['gpu']}, " if machine["gpu"] else "",
         f"{machine['cpu']}, {machine['cores']} cores{threads}, {machine['memory_gib']:g} GiB",
@@ -199,65 +203,70 @@ def html(record: Record, path: str | Path) -> None:
 
 
 def _figure(record: Record) -> Figure:
-    """Grouped bars: a group for each shape, a bar for each backend and precision."""
+    """Bars for each backend and precision, grouped by shape where there are several."""
     # Not pyplot: it keeps figures alive, and picks a window system.
     from matplotlib.figure import Figure
 
     shown = results(record)
     shapes = sorted({(r["block_size"], r["micro_batch_size"]) for r in shown})
     series = list(dict.fromkeys((r["backend"], r["precision"]) for r in shown))
-    by_case = {
-        (r["block_size"], r["micro_batch_size"], r["backend"], r["precision"]): r for r in shown
-    }
     relative = any(r["speedup_vs_eager"] is not None for r in shown)
-    bar = 0.8 / len(series)
-    inches = max(6.4, 1.6 + 0.75 * len(shapes) * len(series))
-    figure = Figure(figsize=(min(inches, 16), 4.4), layout="constrained")
+    one_precision = len({precision for _, precision in series}) == 1
+    names = [b if one_precision else f"{b} {p}" for b, p in series]
+    width = 0.8 / len(series)
+    inches = min(16.0, max(6.4, 1.6 + 0.75 * len(shapes) * len(series)))
+    figure = Figure(figsize=(inches, 4.4), layout="constrained")
     axes = figure.subplots()
-    for index, (backend, precision) in enumerate(series):
-        faded = {"fp32": 1.0, "bf16": 0.7, "fp16": 0.45}[precision]
-        label = backend if len({p for _, p in series}) == 1 else f"{backend} {precision}"
-        for place, shape in enumerate(shapes):
-            result = by_case.get((*shape, backend, precision))
-            if result is not None:
-                x = place + (index - (len(series) - 1) / 2) * bar
-                _bar(axes, x, bar, result, relative, COLORS[backend], faded)
-        axes.bar(0, 0, color=COLORS[backend], alpha=faded, label=label)  # for the legend
+    for result in shown:
+        place = shapes.index((result["block_size"], result["micro_batch_size"]))
+        index = series.index((result["backend"], result["precision"]))
+        x = place + (index - (len(series) - 1) / 2) * width
+        _bar(axes, x, width, result, relative)
     if relative:
         axes.axhline(1, color="#404040", linewidth=0.8, zorder=0)
-    axes.set_xticks(range(len(shapes)), [f"{batch} x {block}" for block, batch in shapes])
     axes.set_xlim(-0.5, len(shapes) - 0.5)
-    axes.set_xlabel("batch: samples x tokens")
-    axes.set_ylabel("training speed, x eager" if relative else "training iterations per second")
-    axes.margins(y=0.12)
+    axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=len(series), frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
-    axes.set_title("")
+    axes.set_ylabel(f"training speed, {TIMES} eager" if relative else "training iterations/s")
+    labels = [f"{batch} {TIMES} {block}" for block, batch in shapes]
+    if len(shapes) == 1:
+        ticks = [(index - (len(series) - 1) / 2) * width for index in range(len(series))]
+        axes.set_xticks(ticks, [name.replace(" ", "\n") for name in names])
+        axes.set_xlabel(f"batch of {labels[0]} tokens")
+    else:
+        for (backend, precision), name in zip(series, names, strict=True):
+            axes.bar(0, 0, color=COLORS[backend], alpha=ALPHAS[precision], label=name)
+        axes.legend(ncols=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
+        axes.set_xticks(range(len(shapes)), labels)
+        axes.set_xlabel(f"batch: samples {TIMES} tokens")
     figure.suptitle(title(record), x=0.01, ha="left", fontsize=12, fontweight="bold")
-    versions = record["versions"]
-    named = ", ".join(
-        f"{name} {versions[name]}"
-        for name in ("torch", "onnxruntime", "transformers")
-        if versions.get(name)
-    )
-    figure.supxlabel(
-        f"{record['machine']['gpu'] or record['machine']['cpu']}, "
-        f"{record['machine']['threads']} threads; {named}\n"
-        "median of paired rounds, whiskers p20 to p80",
-        fontsize=8,
-        color="#606060",
-        x=0.01,
-        ha="left",
-    )
+    figure.supxlabel(_caption(record), fontsize=8, color="#606060", x=0.01, ha="left")
     return figure
 
 
-def _bar(
-    axes: Axes, x: float, width: float, result: Result, relative: bool, color: str, alpha: float
-) -> None:
+def _threads(machine: Mapping[str, Any]) -> str:
+    count = machine["threads"]
+    return "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
+
+
+def _caption(record: Record) -> str:
+    machine, versions = record["machine"], record["versions"]
+    named = [
+        f"{name} {versions[name]}"
+        for name in ("torch", "onnxruntime", "transformers")
+        if versions.get(name)
+    ]
+    threads = _threads(machine)
+    return (
+        f"{machine['gpu'] or machine['cpu']}{threads}; {', '.join(named)}\n"
+        f"median of {record['protocol']['rounds']} rounds, whiskers p20 to p80"
+    )
+
+
+def _bar(axes: Axes, x: float, width: float, result: Result, relative: bool) -> None:
     """One result: a bar with its value and spread, or the word for why there is none."""
-    rate = result["it_per_s"]
+    color, rate = COLORS[result["backend"]], result["it_per_s"]
     if relative:
         height = result["speedup_vs_eager"]
         low, high = result["speedup_vs_eager_range"] or (None, None)
@@ -265,12 +274,12 @@ def _bar(
         height, low, high = (rate["median"], rate["p20"], rate["p80"]) if rate else (None,) * 3
     if height is None or result["status"] != "ok":
         why = result["status"] if result["status"] != "ok" else "no baseline"
-        axes.text(x, 0, f" {why}", rotation=90, ha="center", va="bottom", fontsize=8, color=color)
+        axes.text(x, 0, f" {why}", rotation=90, ha="center", va="bottom", fontsize=9, color=color)
         return
-    axes.bar(x, height, width * 0.92, color=color, alpha=alpha)
+    axes.bar(x, height, width * 0.92, color=color, alpha=ALPHAS[result["precision"]])
     spread = [[max(0.0, height - low)], [max(0.0, high - height)]]
     axes.errorbar(x, height, spread, color="#202020", linewidth=1, capsize=2.5)
-    text = f"{height:.2f} x\n{rate['median']:.3g} it/s" if relative else f"{height:.3g}"
+    text = f"{height:.2f} {TIMES}\n{rate['median']:.3g} it/s" if relative else f"{height:.3g}"
     axes.annotate(
         text, (x, high), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=8
     )
