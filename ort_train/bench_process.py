@@ -70,6 +70,7 @@ class Worker:
                 text=True,
                 start_new_session=True,  # so that its compilers can be killed with it
             )
+        self._killed = False
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -97,6 +98,9 @@ class Worker:
 
     def kill(self) -> None:
         """End the worker and whatever it has started. May be called again."""
+        if self._killed:  # its number may be somebody else's by now
+            return
+        self._killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
