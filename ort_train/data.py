@@ -113,12 +113,12 @@ def make_blocks(
 
     Returns:
         N rows of `input_ids`, `attention_mask` (ones) and `labels` (the ids: models shift them
-        themselves), each T integers.
+        themselves), each T int64.
 
     Raises:
         DataError: the text has fewer tokens than one sample.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, List, Value
 
     wanted = None if max_blocks is None else max_blocks * block_size
     pieces: list[np.ndarray] = []
@@ -146,9 +146,10 @@ def make_blocks(
     if max_blocks is not None:
         num_blocks = min(num_blocks, max_blocks)
     ids_NT = np.concatenate(pieces)[: num_blocks * block_size].reshape(num_blocks, block_size)
-    return Dataset.from_dict(
-        {"input_ids": ids_NT, "attention_mask": np.ones_like(ids_NT), "labels": ids_NT}
-    )
+    columns = {"input_ids": ids_NT, "attention_mask": np.ones_like(ids_NT), "labels": ids_NT}
+    # Else some columns get smaller integers for their names, which torch's embedding refuses.
+    features = Features(dict.fromkeys(columns, List(Value("int64"))))
+    return Dataset.from_dict(columns, features=features)
 
 
 def hub_problem(repository: str, timeout_s: float = 3.0) -> str | None:

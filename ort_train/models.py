@@ -10,10 +10,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -37,6 +39,10 @@ _DEFAULT_VOCAB_SIZE = 4096
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BOS, _EOS, _PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 _TOKENIZER_FORMAT = 1  # part of the cache's key: raise it when the training changes
+
+# What reading weights raises: the latter three where a file isn't what its name says.
+_LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, ImportError)
+_LOAD_ERRORS += (SafetensorError, UnpicklingError, EOFError)
 
 # Sizes of a tiny model, by the names that architectures give them; only those that a config has
 # are set. The number of key-value heads keeps to one of: all, half, or one.
@@ -198,7 +204,7 @@ def load_model(
             )
         else:
             made = AutoModelForCausalLM.from_config(config, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except _LOAD_ERRORS as error:
         raise ModelError(_refusal(model, error)) from error
     for field in _SPECIAL_IDS:
         if made.generation_config is not None and getattr(made.generation_config, field) is None:
