@@ -35,7 +35,14 @@ class TrainingForward:
         self.module = module
         self.original = module.forward
         self.make_runner = make_runner
-        self.runner = make_runner(module, self.original)
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """What training calls go to; made on first use, when the module is whole."""
+        if self._runner is None:
+            self._runner = self.make_runner(self.module, self.original)
+        return self._runner
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -50,24 +57,16 @@ class TrainingForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainingForward:
         new = object.__new__(TrainingForward)
         memo[id(self)] = new
-        new.__setstate__(
-            {
-                "module": copy.deepcopy(self.module, memo),
-                "original": copy.deepcopy(self.original, memo),
-                "make_runner": self.make_runner,
-            }
-        )
+        new.module = copy.deepcopy(self.module, memo)
+        new.original = copy.deepcopy(self.original, memo)
+        new.make_runner = self.make_runner
+        new._runner = None
         return new
 
-    # A runner holds sessions, compiled code and references into one module's parameters: copies
-    # and loaded pickles make a new one, which builds its graphs on its first training call.
-
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "runner"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.runner = self.make_runner(self.module, self.original)
+        # A runner holds sessions, compiled code and references into one module's parameters:
+        # copies and loaded pickles make a new one on their first training call.
+        return {**self.__dict__, "_runner": None}
 
 
 def taken_over(module: torch.nn.Module) -> TrainingForward | None:

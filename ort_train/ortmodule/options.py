@@ -8,6 +8,7 @@ which ORTModule is constructed and exports, and takes them out again.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -212,3 +213,25 @@ class OrtOptions:
             for name in [name for name in os.environ if "ORTMODULE_" in name]:
                 del os.environ[name]
             os.environ.update(saved)
+
+
+def parse_options(values: dict[str, Any]) -> OrtOptions:
+    """Options from a mapping, as a recipe or a command line gives them.
+
+    Raises:
+        ConfigError: with unknown names (and near ones) and bad values, all at once.
+    """
+    known = {field.name for field in fields(OrtOptions)}
+    problems = []
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            problems.append(f"unknown option {name!r} of backend ort{hint}")
+    try:
+        options = OrtOptions(**{name: value for name, value in values.items() if name in known})
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return options

@@ -1,0 +1,137 @@
+"""Checkpoints that are whole or not there: room checked first, staged, renamed, verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ort_train.errors import CheckpointError
+
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_STATE_FILE = "trainer_state.json"
+#: Where a checkpoint is written before it gets its name.
+STAGING_FOLDER = ".incomplete"
+# Weights, and AdamW's two moments of what is trained; a little for config and random state.
+_NUM_OPTIMIZER_COPIES = 2
+_SMALL_FILES_BYTES = 16 * 2**20
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest step first."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        match = _NAME.match(path.name)
+        if match and (path / _STATE_FILE).is_file():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def required_bytes(model: torch.nn.Module, with_optimizer: bool = True) -> int:
+    """Upper estimate of a checkpoint's size in bytes."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    copies = _NUM_OPTIMIZER_COPIES if with_optimizer else 0
+    return weights + copies * trained + _SMALL_FILES_BYTES
+
+
+def check_room(folder: str | Path, num_bytes: int) -> None:
+    """Refuse to start writing what doesn't fit.
+
+    Raises:
+        CheckpointError: naming the need and what is free.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"a checkpoint needs {num_bytes / 2**30:.2f} GiB and {existing.name or '/'!r} has "
+            f"{free / 2**30:.2f} GiB free: free some room, choose another output folder, or save "
+            "less (save_only_model, save_total_limit). Nothing was written"
+        )
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a completely written folder its name; one of that name before is replaced."""
+    previous = final.with_name(f".{final.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if final.exists():
+        os.replace(final, previous)
+    os.replace(staged, final)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def verify(checkpoint: str | Path, model: torch.nn.Module) -> None:
+    """Check that a checkpoint is whole and of this model, before anything is loaded.
+
+    Raises:
+        CheckpointError: naming the file or the first differing tensors.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        near = [path.name for path in list_checkpoints(checkpoint.parent)]
+        hint = f"; there are {', '.join(near)}" if near else ""
+        raise CheckpointError(f"checkpoint {str(checkpoint)!r} is not a folder{hint}")
+    if STAGING_FOLDER in checkpoint.absolute().parts:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} was not finished: resume from a named one"
+        )
+    state_file = checkpoint / _STATE_FILE
+    try:
+        json.loads(state_file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{str(checkpoint)!r} has no {_STATE_FILE}: it is a saved model, not a checkpoint; "
+            "start from it with model.name_or_path instead of resuming"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{str(state_file)!r} is damaged ({error}): resume from another checkpoint"
+        ) from None
+    shapes = dict(_tensor_shapes(checkpoint))
+    if shapes:
+        _compare(checkpoint, shapes, model)
+
+
+def _tensor_shapes(checkpoint: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(checkpoint.glob("model*.safetensors")) or sorted(
+        checkpoint.glob("adapter_model.safetensors")
+    )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{str(file)!r} is damaged ({error}): resume from another checkpoint"
+            ) from None
+
+
+def _compare(
+    checkpoint: Path, shapes: dict[str, tuple[int, ...]], model: torch.nn.Module
+) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if any(".lora_" in name for name in shapes):  # adapters are saved without their own name
+        own = {re.sub(r"\.default(?=\.|$)", "", name): shape for name, shape in own.items()}
+    foreign = [name for name in shapes if name not in own]
+    other_shape = [n for n in shapes if n in own and shapes[n] != own[n]]
+    if foreign or other_shape:
+        examples = ", ".join(
+            [f"{name} is unknown to the model" for name in foreign[:2]]
+            + [f"{n} is {shapes[n]}, the model's is {own[n]}" for n in other_shape[:2]]
+        )
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} is of another model: {len(foreign)} foreign tensors, "
+            f"{len(other_shape)} of another shape ({examples}). Resume with the config that the "
+            "checkpoint was trained with"
+        )

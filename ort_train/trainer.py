@@ -1,0 +1,302 @@
+"""ORTTrainer: transformers' Trainer whose training steps a backend of ours runs.
+
+Every hook here is one of Trainer's own; the loop, evaluation, checkpoints' content and logging stay
+transformers'. Optimum's ORTTrainer copied that loop and ended with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.modeling_outputs import ModelOutput
+
+from ort_train import checkpoints
+from ort_train.backends import runner_factory
+from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
+from ort_train.forward import TrainingForward, give_back, take_over
+from ort_train.metrics import SpeedCallback
+from ort_train.training_args import (
+    ORTOptimizerNames,
+    ORTSeq2SeqTrainingArguments,
+    ORTTrainingArguments,
+)
+
+__all__ = [
+    "ORTOptimizerNames",
+    "ORTSeq2SeqTrainer",
+    "ORTSeq2SeqTrainingArguments",
+    "ORTTrainer",
+    "ORTTrainingArguments",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class ORTTrainer(Trainer):
+    """transformers' Trainer with the training steps run by `args.backend`.
+
+    Used exactly as Trainer: evaluation, prediction, saving and generation run the model itself,
+    which stays the object that was passed. Logs carry `it_per_s` and `tokens_per_s` beside the
+    loss.
+
+    Args:
+        model: a transformers model, a peft model, or any module that returns its loss.
+        args: :class:`ORTTrainingArguments`.
+        tokenizer: older name of `processing_class`.
+        **kwargs: every other argument of Trainer.
+
+    Raises:
+        ConfigError: for settings that exclude one another.
+        UnsupportedModelError: on the first step, where the backend can't take the model.
+        NonFiniteLossError: when the loss becomes NaN or infinite; weights and optimizer are those
+            of the step before.
+        CheckpointError: for a checkpoint that doesn't fit on the disk, or can't be resumed from.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: ORTTrainingArguments | None = None,
+        *positional: Any,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = ORTTrainingArguments(output_dir="tmp_trainer")
+        if not hasattr(args, "make_ort_options"):
+            raise ConfigError(
+                f"args is a {type(args).__name__}: ORTTrainer takes ORTTrainingArguments "
+                "(ORTSeq2SeqTrainingArguments for ORTSeq2SeqTrainer), which accept all of its fields"
+            )
+        if tokenizer is not None:
+            if kwargs.get("processing_class") is not None:
+                raise ConfigError("tokenizer is the older name of processing_class: give only one")
+            kwargs["processing_class"] = tokenizer
+        # Optimum's positional order has the tokenizer where Trainer has processing_class.
+        super().__init__(model, args, *positional, **kwargs)
+        if args.use_module_with_loss and type(self).compute_loss is not ORTTrainer.compute_loss:
+            raise ConfigError(
+                "use_module_with_loss computes the loss inside the graph, where an overridden "
+                "compute_loss isn't run: pass compute_loss_func instead, or turn it off"
+            )
+        self.speed = SpeedCallback()
+        self.add_callback(self.speed)
+        self._stand_in: TrainingForward | None = None
+        self._micro_step = 0
+
+    # --- the backend ---
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """Hand the training forward to the backend, innermost, before DDP or DeepSpeed."""
+        if training:
+            self._install_backend(self.accelerator.unwrap_model(model))
+        return super()._wrap_model(model, training=training, dataloader=dataloader)
+
+    def _install_backend(self, model: torch.nn.Module) -> None:
+        if self._stand_in is not None and self._stand_in.module is model:
+            if not _is_installed(self._stand_in, model):
+                model.forward = self._stand_in  # type: ignore[assignment]
+            return
+        args: Any = self.args
+        make_runner = runner_factory(args.backend, args.precision, args.make_ort_options())
+        if args.use_module_with_loss:
+            make_runner = functools.partial(_loss_runner, make_runner, self._graph_loss)
+        take_over(model, make_runner)
+        self._stand_in = model.forward  # type: ignore[assignment]
+        logger.info("training steps of %s run by backend %s", type(model).__name__, args.backend)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
+        resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            # Outside of training the model is what it was: it can be pickled, copied, compiled.
+            if self._stand_in is not None:
+                give_back(self._stand_in.module)
+
+    # --- loss ---
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As Trainer.compute_loss; with `use_module_with_loss` the graph returns the loss alone."""
+        args: Any = self.args
+        in_graph = args.use_module_with_loss and model.training and torch.is_grad_enabled()
+        if not in_graph:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _graph_loss(
+        self, module: torch.nn.Module, original: Callable[..., Any], **inputs: Any
+    ) -> ModelOutput:
+        """Trainer's own loss (smoothing, compute_loss_func), traced with the model."""
+        num_items_in_batch = inputs.pop("num_items_in_batch", None)
+        with _plain_forward(module, original):
+            loss = Trainer.compute_loss(
+                self, module, inputs, num_items_in_batch=num_items_in_batch
+            )
+        return ModelOutput(loss=loss)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.training_step; stops on a loss that isn't finite, before it does harm."""
+        self.speed.add_tokens(self._num_tokens(inputs))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._micro_step += 1
+        # fp16 overflows now and then, and its gradient scaler skips such steps.
+        arguments: Any = self.args
+        if arguments.precision != "fp16" and not torch.isfinite(loss).all():
+            raise NonFiniteLossError(self._non_finite_report(loss))
+        return loss
+
+    def _num_tokens(self, inputs: dict[str, Any]) -> int:
+        name = getattr(self.model, "main_input_name", "input_ids")
+        values = inputs.get(name)
+        if not isinstance(values, torch.Tensor) or values.is_floating_point():
+            return 0
+        return values.numel() * self.args.world_size
+
+    def _non_finite_report(self, loss: torch.Tensor) -> str:
+        saved = checkpoints.list_checkpoints(self.args.output_dir)
+        last = f"the last checkpoint is {saved[-1].name}" if saved else "no checkpoint was saved"
+        accumulation = self.args.gradient_accumulation_steps
+        return (
+            f"loss is {loss.item()} at step {self.state.global_step + 1} (micro-batch "
+            f"{self._micro_step} of this training, {accumulation} a step): the step was not "
+            f"applied, the weights are those after step {self.state.global_step}, and {last}. "
+            "Lower learning_rate, raise warmup_steps, set max_grad_norm, or look at that batch"
+        )
+
+    # --- speed ---
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer.log; training logs carry `it_per_s`, `tokens_per_s` and `x_<baseline>`."""
+        if "loss" in logs:
+            logs.update(self.speed.take_window())
+        super().log(logs, *args, **kwargs)
+
+    # --- optimizer ---
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """As Trainer's, with "adamw_ort_fused"."""
+        if args.optim != ORTOptimizerNames.ADAMW_ORT_FUSED:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        torch_args = copy.copy(args)
+        torch_args.optim = "adamw_torch_fused"
+        torch_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(torch_args, model)
+        if args.device.type != "cuda":
+            logger.warning("optim adamw_ort_fused: on CPU this is torch's fused AdamW")
+            return torch_class, kwargs
+        from onnxruntime.training.optim import FusedAdam
+        from onnxruntime.training.optim.fused_adam import AdamWMode
+
+        kwargs.pop("fused", None)
+        # Its own default is transformers' old AdamW, whose weight decay differs.
+        return FusedAdam, {**kwargs, "adam_w_mode": AdamWMode.ADAMW_TORCH}
+
+    # --- checkpoints ---
+
+    def _checkpoint_to_resume(self, asked: Any) -> Any:
+        if not asked:
+            return asked
+        if asked is True:
+            found = checkpoints.list_checkpoints(self.args.output_dir)
+            if not found:
+                raise CheckpointError(
+                    f"there is no whole checkpoint in {self.args.output_dir!r} to resume from: "
+                    "train without resume_from_checkpoint, or name another output_dir"
+                )
+            asked = str(found[-1])
+        if self.model is not None and not self.is_deepspeed_enabled:
+            checkpoints.verify(asked, self.model)
+        return asked
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / checkpoints.STAGING_FOLDER) if self._staging else folder
+
+    _staging = False
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's, into a folder that gets its name when all of it is written."""
+        run_dir = Path(self._get_output_dir(trial))
+        with_optimizer = not self.args.save_only_model
+        checkpoints.check_room(run_dir, checkpoints.required_bytes(self.model, with_optimizer))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = run_dir / checkpoints.STAGING_FOLDER
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            if best and Path(best).parent == staging:
+                self.state.best_model_checkpoint = str(run_dir / Path(best).name)
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            checkpoints.publish(staging / name, run_dir / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            self._rotate(run_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, run_dir: Path) -> None:
+        try:
+            from transformers.trainer_utils import rotate_checkpoints
+        except ImportError:  # transformers 4: a method
+            self._rotate_checkpoints(use_mtime=True, output_dir=str(run_dir))  # type: ignore[attr-defined]
+            return
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+
+class ORTSeq2SeqTrainer(ORTTrainer, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer (generation in evaluation) with the backend of ORTTrainer."""
+
+
+def _is_installed(stand_in: TrainingForward, model: torch.nn.Module) -> bool:
+    """accelerate's mixed precision puts its own wrapper around forward, and keeps ours in
+    `_original_forward`."""
+    attributes = model.__dict__
+    return stand_in in (attributes.get("forward"), attributes.get("_original_forward"))
+
+
+@contextlib.contextmanager
+def _plain_forward(module: torch.nn.Module, original: Callable[..., Any]) -> Iterator[None]:
+    stand_in = module.__dict__.get("forward")
+    module.forward = original  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        module.forward = stand_in  # type: ignore[assignment]
+
+
+def _loss_runner(
+    make_runner: Callable[..., Any],
+    graph_loss: Callable[..., Any],
+    module: torch.nn.Module,
+    original: Callable[..., Any],
+) -> Callable[..., Any]:
+    return make_runner(module, functools.partial(graph_loss, module, original))
