@@ -216,7 +216,7 @@ def _from_hub(dataset: str, subset: str | None, text_column: str, timeout_s: flo
                 f"of {columns}"
             )
     train_text = _join_rows(splits["train"][text_column])
-    origin = f"{label} from the cache, as the hub {problem}" if problem else f"{label} from the hub"
+    origin = f"{label} from the cache (hub: {problem})" if problem else f"{label} from the hub"
     for name in _EVAL_SPLITS:
         if name in splits:
             return Corpus(train_text, _join_rows(splits[name][text_column]), origin)

@@ -161,7 +161,7 @@ def test_a_cached_dataset_is_taken_offline(hub, monkeypatch):
     monkeypatch.setattr(data, "hub_problem", lambda *args: "is silent")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    assert "from the cache, as the hub is silent" in load_corpus().source
+    assert "from the cache (hub: is silent)" in load_corpus().source
     assert not constants.HF_HUB_OFFLINE
     assert not datasets.config.HF_HUB_OFFLINE
 
