@@ -24,7 +24,19 @@ _HOMES = {
     "available": "ort_train.backends",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "ORTOptimizerNames",
+    "ORTSeq2SeqTrainer",
+    "ORTSeq2SeqTrainingArguments",
+    "ORTTrainer",
+    "ORTTrainingArguments",
+    "OrtOptions",
+    "__version__",
+    "available",
+    "decision",
+    "unwrap",
+    "wrap",
+]
 
 if TYPE_CHECKING:
     from ort_train.backends import available, decision, unwrap, wrap

@@ -60,7 +60,8 @@ class Run:
 
     def prepare(self, folder: Path, timeout_s: float, **arguments: Any) -> None:
         """Start the case's process and take it through its first and its warm-up steps."""
-        scratch = folder / str(self.case)
+        # Without spaces: a compiler takes the parts of such a path for several files.
+        scratch = folder / str(self.case).replace(" ", "-")
         scratch.mkdir()
         self.gradients = scratch / "gradients.safetensors"
         self.worker = Worker(scratch, timeout_s)

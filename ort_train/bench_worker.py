@@ -248,6 +248,7 @@ def build(
     torch.manual_seed(train.seed)  # for the adapter's first weights
     model = apply_adapter(model, config.adapter)
     disable_dropout(model)
+    fill_zero_weights(model)
     model.config.use_cache = False  # as transformers' Trainer does: a cache only costs here
     size = train.micro_batch_size
     num_blocks = min(num_batches * size, data.max_train_blocks or num_batches * size)
@@ -275,6 +276,19 @@ def disable_dropout(model: torch.nn.Module) -> None:
             for name, value in list(getattr(holder, "__dict__", {}).items()):
                 if isinstance(value, float) and ("drop" in name or name.endswith("_pdrop")):
                     setattr(holder, name, 0.0)
+
+
+def fill_zero_weights(model: torch.nn.Module) -> None:
+    """Give trained matrices that are all zero small random values, from torch's current seed.
+
+    LoRA starts with B = 0, which makes the gradient of A zero: a wrong one would pass the gate.
+    """
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
 
 
 def peak_resident_gib() -> float:

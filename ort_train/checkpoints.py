@@ -117,9 +117,7 @@ def _tensor_shapes(checkpoint: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             ) from None
 
 
-def _compare(
-    checkpoint: Path, shapes: dict[str, tuple[int, ...]], model: torch.nn.Module
-) -> None:
+def _compare(checkpoint: Path, shapes: dict[str, tuple[int, ...]], model: torch.nn.Module) -> None:
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if any(".lora_" in name for name in shapes):  # adapters are saved without their own name
         own = {re.sub(r"\.default(?=\.|$)", "", name): shape for name, shape in own.items()}

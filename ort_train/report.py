@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PLOT_SUFFIXES = (".png", ".svg")
 # Okabe and Ito's palette, told apart by colour-blind readers too. https://jfly.uni-koeln.de/color
 COLORS = {"eager": "#8c8c8c", "compile": "#0072b2", "ort": "#d55e00"}
+OTHER = "#009e73"
 ALPHAS = {"fp32": 1.0, "bf16": 0.7, "fp16": 0.45}
 STATUS_STYLES = {
     "ok": "green",
@@ -29,6 +30,7 @@ STATUS_STYLES = {
     "unavailable": "yellow",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"  # charts only: not every terminal can show it
+MAX_REASON_CHARS = 800
 NONE = "-"
 
 Record = Mapping[str, Any]
@@ -117,14 +119,15 @@ def summary_lines(record: Record) -> list[str]:
         if result["backend"] == "ort" and gains:
             lines.append(f"{case(result)}: {', '.join(gains)}")
     lines += [
-        f"{case(result)} {_verb(result['status'])}: {result['reason']}"
+        f"{case(result)} {_verb(result['status'])}: {_shortened(result['reason'])}"
         for result in record["results"]
         if result["status"] != "ok"
     ]
     protocol = record["protocol"]
     lines.append(
-        f"{protocol['rounds']} interleaved rounds of {protocol['steps']} training steps after "
-        f"{protocol['warmup_steps']} of warm-up, dropout off; differences are to eager fp32"
+        f"{protocol['rounds']} interleaved rounds of {protocol['steps']} training steps "
+        f"(forward, backward, fused AdamW) after {protocol['warmup_steps']} of warm-up, without dropout; "
+        "differences are to eager fp32"
     )
     if record["data"]:
         lines.append(f"data: {record['data']}")
@@ -236,7 +239,7 @@ def _figure(record: Record) -> Figure:
         axes.set_xlabel(f"batch of {labels[0]} tokens")
     else:
         for (backend, precision), name in zip(series, names, strict=True):
-            axes.bar(0, 0, color=COLORS[backend], alpha=ALPHAS[precision], label=name)
+            axes.bar(0, 0, color=COLORS.get(backend, OTHER), alpha=ALPHAS[precision], label=name)
         axes.legend(ncols=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
         axes.set_xticks(range(len(shapes)), labels)
         axes.set_xlabel(f"batch: samples {TIMES} tokens")
@@ -266,7 +269,7 @@ def _caption(record: Record) -> str:
 
 def _bar(axes: Axes, x: float, width: float, result: Result, relative: bool) -> None:
     """One result: a bar with its value and spread, or the word for why there is none."""
-    color, rate = COLORS[result["backend"]], result["it_per_s"]
+    color, rate = COLORS.get(result["backend"], OTHER), result["it_per_s"]
     if relative:
         height = result["speedup_vs_eager"]
         low, high = result["speedup_vs_eager_range"] or (None, None)
@@ -322,6 +325,13 @@ def _verb(status: str) -> str:
         "unavailable": "can't run here",
         "failed": "failed",
     }[status]
+
+
+def _shortened(reason: str) -> str:
+    """A reason for the foot of the table: some hold a compiler's whole command line."""
+    if len(reason) <= MAX_REASON_CHARS:
+        return reason
+    return f"{reason[:MAX_REASON_CHARS]}... (the record has all of it)"
 
 
 def _count(number: int) -> str:

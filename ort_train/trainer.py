@@ -147,9 +147,7 @@ class ORTTrainer(Trainer):
         """Trainer's own loss (smoothing, compute_loss_func), traced with the model."""
         num_items_in_batch = inputs.pop("num_items_in_batch", None)
         with _plain_forward(module, original):
-            loss = Trainer.compute_loss(
-                self, module, inputs, num_items_in_batch=num_items_in_batch
-            )
+            loss = Trainer.compute_loss(self, module, inputs, num_items_in_batch=num_items_in_batch)
         return ModelOutput(loss=loss)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -116,7 +116,7 @@ class _BackendArguments:
 
     @property
     def precision(self) -> str:
-        """"fp32", "bf16" or "fp16", as transformers' own flags say."""
+        """ "fp32", "bf16" or "fp16", as transformers' own flags say."""
         arguments: Any = self
         return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
 
@@ -133,7 +133,9 @@ class _BackendArguments:
             try:
                 values = json.loads(values)
             except json.JSONDecodeError as error:
-                raise ConfigError(f"ort_options={self.ort_options!r} is not JSON: {error}") from None
+                raise ConfigError(
+                    f"ort_options={self.ort_options!r} is not JSON: {error}"
+                ) from None
         values = dict(values or {})
         if self.save_onnx:
             if not self.onnx_prefix:

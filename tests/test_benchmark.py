@@ -297,6 +297,20 @@ def test_dropout_is_switched_off_everywhere():
     assert model[0].scaling == 0.5
 
 
+def test_zero_matrices_get_values_so_that_no_gradient_is_hidden():
+    torch = pytest.importorskip("torch")
+    from ort_train.bench_worker import fill_zero_weights
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model[1].weight.requires_grad_(False)
+    fill_zero_weights(model)
+    assert model[0].weight.all()
+    assert not model[0].bias.any()
+    assert not model[1].weight.any()
+
+
 class TestCommandLine:
     def parse(self, *words: str) -> argparse.Namespace:
         parser = argparse.ArgumentParser()
@@ -339,7 +353,7 @@ def test_real_backends_agree(monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     overrides = ["data.source=offline", "train.micro_batch_size=1", "data.block_size=16"]
-    config = load_recipe("quickstart", overrides, tiny=True)
+    config = load_recipe("quickstart_lora", overrides, tiny=True)
     cases = [*ALL, Case("ort", "bf16")]
     record = run_benchmark(
         config, cases, steps=2, rounds=2, warmup_steps=1, threads=1, progress=False

@@ -45,9 +45,7 @@ class CallSchema:
         return args, kwargs
 
 
-def merge(
-    tensors: tuple[torch.Tensor, ...], constants: tuple[tuple[int, Any], ...]
-) -> list[Any]:
+def merge(tensors: tuple[torch.Tensor, ...], constants: tuple[tuple[int, Any], ...]) -> list[Any]:
     """Leaves in order: constants at their positions, tensors in the gaps."""
     leaves: list[Any] = list(tensors)
     for position, value in constants:  # ascending, so each insertion finds its place

@@ -29,9 +29,7 @@ class OrtForward:
         options: how ONNX Runtime builds and runs the graphs.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, original: Callable[..., Any], options: OrtOptions
-    ):
+    def __init__(self, module: torch.nn.Module, original: Callable[..., Any], options: OrtOptions):
         self.module = module
         self.options = options
         self.original = original

@@ -12,8 +12,10 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -156,15 +158,24 @@ def _untouched_torch() -> Iterator[None]:
         with (
             _attributes(torch, manual_seed=torch.manual_seed),
             _attributes(torch.cuda, manual_seed=torch.cuda.manual_seed),
-            _attributes(
-                torch.utils.checkpoint, checkpoint=torch.utils.checkpoint.checkpoint
-            ),
+            _attributes(torch.utils.checkpoint, checkpoint=torch.utils.checkpoint.checkpoint),
         ):
             yield
     finally:
         del sys.modules["deepspeed"]
         if hidden is not None:
             sys.modules["deepspeed"] = hidden
+
+
+@contextlib.contextmanager
+def _untouched_logging() -> Iterator[None]:
+    """`onnxruntime/tools/logger.py` configures the root logger, which is the application's."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
 
 
 def _provide_extensions() -> None:
@@ -226,7 +237,15 @@ def load() -> types.ModuleType:
         raise BackendUnavailableError(f"backend 'ort' can't run here: {reason}")
     _provide_extensions()
     try:
-        with OrtOptions().environment(), _torch_onnx_aliases(), _untouched_torch():
+        with (
+            OrtOptions().environment(),
+            _torch_onnx_aliases(),
+            _untouched_torch(),
+            _untouched_logging(),
+            warnings.catch_warnings(),
+        ):
+            # The CUDA wheel says on every CPU machine that it finds no CUDA runtime.
+            warnings.filterwarnings("ignore", message=".*cudart_version")
             ortmodule = importlib.import_module("onnxruntime.training.ortmodule")
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(
@@ -259,9 +278,7 @@ def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[.
 def export_scope(options: OrtOptions) -> Iterator[None]:
     """Everything that construction and export of one ORTModule need, taken back at the end."""
     load()
-    transition = importlib.import_module(
-        "onnxruntime.training.ortmodule._graph_transition_manager"
-    )
+    transition = importlib.import_module("onnxruntime.training.ortmodule._graph_transition_manager")
     manager = transition.GraphTransitionManager
     label_hook = manager._add_check_label_sparsity_hook
 

@@ -1,0 +1,111 @@
+"""The `ort-train` command. Each subcommand imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ort_train import __version__
+from ort_train.errors import OrtTrainError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ort-train`.
+
+    Returns:
+        Exit code: 0 done, 1 something was found wrong (doctor, bench), 2 an error in what was
+        asked for, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(arguments[0] if arguments else "")
+    args = parser.parse_args(arguments)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return args.run(args)
+    except OrtTrainError as error:
+        if os.environ.get("ORT_TRAIN_TRACEBACK"):
+            raise
+        print(f"ort-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ort-train: interrupted", file=sys.stderr)
+        return 130
+
+
+def make_parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser; only the named subcommand's own options are filled in, for a quick start."""
+    parser = argparse.ArgumentParser(
+        prog="ort-train",
+        description="Train Hugging Face models through ONNX Runtime, measured against eager "
+        "PyTorch and torch.compile.",
+        epilog="ORT_TRAIN_TRACEBACK=1 shows whole tracebacks; ORT_TRAIN_DATA names a folder of "
+        "text; ORT_TRAIN_CACHE names the cache folder.",
+    )
+    parser.add_argument("--version", action="version", version=f"ort_train {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run a recipe: train, measure, evaluate, save, report",
+        description="Run a recipe. Every key of it can be changed: train.max_steps=50 "
+        "train.backend=compile data.folder=texts output.dir=runs/mine",
+    )
+    train.add_argument("--recipe", required=True, metavar="NAME_OR_PATH")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("--tiny", action="store_true", help="shrink all sizes, download nothing")
+    # What the deepspeed launcher adds; the rank itself is in the environment.
+    train.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    train.set_defaults(run=_train)
+
+    bench = commands.add_parser("bench", help="measure a recipe over several backends")
+    if command == "bench":
+        from ort_train import benchmark
+
+        benchmark.add_arguments(bench)
+        bench.set_defaults(run=benchmark.main)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what is wrong, how to mend it")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes.add_argument("name", nargs="?", help="show this recipe, resolved")
+    recipes.set_defaults(run=_recipes)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ort_train import job
+    from ort_train.recipes import load_recipe
+
+    job.run(load_recipe(args.recipe, args.overrides, tiny=args.tiny))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from ort_train import doctor
+
+    return doctor.main(as_json=args.json)
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from ort_train.config import to_yaml
+    from ort_train.recipes import list_recipes, load_recipe
+
+    if args.name:
+        print(to_yaml(load_recipe(args.name)), end="")
+        return 0
+    infos = list_recipes()
+    width = max(len(info.name) for info in infos)
+    for info in infos:
+        method = "full" if info.method == "none" else info.method
+        print(f"{info.name:<{width}}  {info.architecture:<8}  {method:<5}  {info.description}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

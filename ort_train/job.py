@@ -1,0 +1,386 @@
+"""The main job: corpus, model, adapter, baselines, training, evaluation, saving, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ort_train import checkpoints
+from ort_train.config import RunConfig, to_yaml
+from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
+from ort_train.record import replacing
+
+if TYPE_CHECKING:
+    from ort_train.trainer import ORTTrainer
+
+CONFIG_FILE = "config.yaml"
+RECORD_FILE = "record.json"
+CHART_FILE = "speed.png"
+CURVE_FILE = "training.png"
+PAGE_FILE = "report.html"
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job leaves behind.
+
+    Attributes:
+        output_dir: holds the files named by this module's constants.
+        perplexity: of the evaluation text, exp of the mean loss per token.
+        record: the benchmark record of the baselines, with a section `training`.
+    """
+
+    output_dir: Path
+    perplexity: float
+    record: dict[str, Any] | None
+
+
+def run(config: RunConfig) -> JobResult:
+    """Run a recipe from its corpus to its report.
+
+    Args:
+        config: the whole recipe; it is written beside the results.
+
+    Raises:
+        ConfigError: for settings that contradict one another or this machine, before work starts.
+        CheckpointError: where the output folder holds another run, or can't be resumed from.
+        NonFiniteLossError: naming what was saved.
+    """
+    check(config)
+    resume_from = prepare_output(config)
+    is_main = _rank() == 0
+    out = config.output_dir
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from ort_train.adapters import apply_adapter, trainable_summary
+    from ort_train.data import load_corpus, make_blocks
+    from ort_train.models import load_model, load_tokenizer
+
+    transformers_logging.set_verbosity_error()  # its hints are about code, not about this run
+    transformers_logging.disable_progress_bar()  # the job has a bar of its own
+    data = config.data
+    corpus = load_corpus(
+        data.source, data.dataset, data.subset, data.text_column, data.folder, data.hub_timeout_s
+    )
+    _say(f"data: {corpus.source}")
+    tokenizer = load_tokenizer(config.model, corpus.train_text)
+    train_blocks = make_blocks(corpus.train_text, tokenizer, data.block_size, data.max_train_blocks)
+    eval_blocks = make_blocks(corpus.eval_text, tokenizer, data.block_size, data.max_eval_blocks)
+    model = load_model(config.model, tokenizer, config.train.seed, data.block_size)
+    torch.manual_seed(config.train.seed)  # for the adapter's first weights, as in the benchmark
+    model = apply_adapter(model, config.adapter)
+    trainable, total = trainable_summary(model)
+    _say(
+        f"model: {type(model).__name__}, {total:,} parameters, {trainable:,} trained; "
+        f"{len(train_blocks):,} training and {len(eval_blocks):,} evaluation samples of "
+        f"{data.block_size} tokens"
+    )
+    if config.train.save_steps:
+        checkpoints.check_room(out, checkpoints.required_bytes(model))
+
+    record = _measure(config) if is_main and config.measure.baselines else None
+    trainer = _make_trainer(config, model, tokenizer, train_blocks, eval_blocks, record)
+    _train(trainer, resume_from, out)
+    eval_loss = trainer.evaluate()["eval_loss"]
+    perplexity = math.exp(min(eval_loss, 700.0))  # beyond, exp overflows
+    _save_model(trainer, tokenizer, out)
+    if is_main:
+        _report(config, trainer, record, eval_loss, perplexity)
+    return JobResult(out, perplexity, record)
+
+
+def check(config: RunConfig) -> None:
+    """Everything about the config that can be wrong on this machine, at once.
+
+    Raises:
+        ConfigError: with all of it.
+    """
+    from ort_train.backends import available
+    from ort_train.ortmodule.options import parse_options
+
+    problems = []
+    try:
+        parse_options(config.train.ort)
+    except ConfigError as error:
+        problems += [f"train.ort: {problem}" for problem in error.problems]
+    import torch
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    can_run, reason = available(config.train.backend, config.train.precision, device_type)
+    if not can_run:
+        problems.append(f"train.backend {config.train.backend}: {reason}")
+    if config.train.ort and config.train.backend not in ("ort", "auto"):
+        problems.append(
+            f"train.ort is given but train.backend is {config.train.backend}: it would be "
+            "ignored; remove it or set train.backend=ort"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def prepare_output(config: RunConfig) -> str | None:
+    """Make or check the run's folder, and write the config into it.
+
+    Returns:
+        The checkpoint to resume from, or None.
+
+    Raises:
+        CheckpointError: where it holds another run and neither overwriting nor resuming is asked
+            for, can't be written to, or can't be resumed as this config.
+    """
+    out, output = config.output_dir, config.output
+    resume_from = None
+    if output.resume not in ("none", "auto"):
+        resume_from = output.resume
+        if not Path(resume_from).is_dir():
+            raise CheckpointError(
+                f"output.resume {resume_from!r} is not a folder: name a checkpoint-N folder, or "
+                "auto for the newest one"
+            )
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"output.dir {str(out)!r} is a file: name a folder")
+    if _rank() == 0:
+        occupied = out.is_dir() and any(out.iterdir())
+        if occupied and output.resume == "auto":
+            _check_same_run(config, out)
+            found = checkpoints.list_checkpoints(out)
+            resume_from = str(found[-1]) if found else None
+            _say(f"resuming from {resume_from}" if found else "no checkpoint yet: starting anew")
+        elif occupied and resume_from is None:
+            if not output.overwrite:
+                raise CheckpointError(
+                    f"output.dir {str(out)!r} holds another run: continue it with "
+                    "output.resume=auto, replace it with output.overwrite=true, or name another "
+                    "folder with output.dir=..."
+                )
+            _remove_run(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with replacing(out / CONFIG_FILE) as file:
+                file.write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(
+                f"output.dir {str(out)!r} can't be written to ({error.strerror}): name another "
+                "folder with output.dir=..."
+            ) from error
+    elif output.resume == "auto":
+        found = checkpoints.list_checkpoints(out)
+        resume_from = str(found[-1]) if found else None
+    return resume_from
+
+
+def _check_same_run(config: RunConfig, out: Path) -> None:
+    """A resumed run must train the same thing: model, data, adapter."""
+    from ort_train.recipes import load_recipe
+
+    file = out / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"output.dir {str(out)!r} has no {CONFIG_FILE}, so it is no run of ort_train: name "
+            "another folder with output.dir=..."
+        )
+    before = load_recipe(file)
+    changed = [
+        f"{section}.{key} was {old[key]!r}, is {new[key]!r}"
+        for section in ("model", "data", "adapter")
+        for old, new in [
+            (getattr(before, section).model_dump(), getattr(config, section).model_dump())
+        ]
+        for key in new
+        if old[key] != new[key]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"output.dir {str(out)!r} holds a run of something else ({'; '.join(changed)}): "
+            "resume with the same settings, or name another folder with output.dir=..."
+        )
+
+
+def _remove_run(out: Path) -> None:
+    """Remove what a run wrote, and nothing that somebody else put there."""
+    ours = [CONFIG_FILE, RECORD_FILE, CHART_FILE, CURVE_FILE, PAGE_FILE]
+    if not (out / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"output.dir {str(out)!r} has no {CONFIG_FILE}, so it is no run of ort_train and "
+            "isn't overwritten: name another folder with output.dir=..."
+        )
+    for name in ours:
+        (out / name).unlink(missing_ok=True)
+    folders = [MODEL_FOLDER, "last_finite_weights", checkpoints.STAGING_FOLDER]
+    for folder in [*(out / name for name in folders), *out.glob("checkpoint-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure(config: RunConfig) -> dict[str, Any]:
+    """The run's backend and the baselines on this run's model and first batches."""
+    from ort_train.bench_run import Case
+    from ort_train.benchmark import BACKENDS, run_benchmark
+
+    backend, precision = config.train.backend, config.train.precision
+    own = list(BACKENDS) if backend == "auto" else [backend]
+    names = list(dict.fromkeys([*config.measure.baselines, *own]))
+    _say(f"measuring {', '.join(names)} on the first batches, in turns, each in its own process")
+    measure = config.measure
+    return run_benchmark(
+        config,
+        [Case(name, precision) for name in names],
+        steps=measure.steps,
+        rounds=measure.rounds,
+        warmup_steps=measure.warmup_steps,
+    )
+
+
+def _make_trainer(
+    config: RunConfig, model: Any, tokenizer: Any, train_blocks: Any, eval_blocks: Any, record: Any
+) -> ORTTrainer:
+    from transformers import PrinterCallback, ProgressCallback, default_data_collator
+
+    from ort_train.console import ConsoleCallback
+    from ort_train.trainer import ORTTrainer, ORTTrainingArguments
+
+    train = config.train
+    args = ORTTrainingArguments(
+        output_dir=str(config.output_dir),
+        backend=train.backend,
+        ort_options=dict(train.ort),
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        optim=train.optimizer,
+        per_device_train_batch_size=train.micro_batch_size,
+        per_device_eval_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_steps=train.max_steps or -1,
+        num_train_epochs=train.epochs or 1.0,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        warmup_steps=train.warmup_steps,
+        lr_scheduler_type=train.lr_scheduler,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        logging_steps=train.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if train.eval_steps else "no",
+        eval_steps=train.eval_steps,
+        save_strategy="steps" if train.save_steps else "no",
+        save_steps=train.save_steps or 500,
+        save_total_limit=train.save_total_limit,
+        report_to=list(train.report_to),
+        dataloader_pin_memory=_has_gpu(),
+        prediction_loss_only=True,  # perplexity needs no logits kept
+        ddp_find_unused_parameters=False,
+    )
+    trainer = ORTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ConsoleCallback())
+    # Ratios compare like with like: one process against one process.
+    if record is not None and args.world_size == 1:
+        trainer.speed.baselines = {
+            result["backend"]: result["it_per_s"]["median"]
+            for result in record["results"]
+            if result["status"] == "ok"
+            and result["backend"] != train.backend
+            and result["precision"] == train.precision
+        }
+    return trainer
+
+
+def _train(trainer: ORTTrainer, resume_from: str | None, out: Path) -> None:
+    import torch
+
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    except NonFiniteLossError as error:
+        weights = [p for p in trainer.model.parameters()]
+        if not all(bool(torch.isfinite(p).all()) for p in weights):
+            raise NonFiniteLossError(
+                f"{error}. The weights themselves aren't finite any more: none were saved"
+            ) from None
+        trainer.save_model(str(out / "last_finite_weights"))
+        raise NonFiniteLossError(
+            f"{error}. Those weights are in {out / 'last_finite_weights'}"
+        ) from None
+
+
+def _save_model(trainer: ORTTrainer, tokenizer: Any, out: Path) -> None:
+    """Model (or adapter) and tokenizer, as one folder that is whole or not there."""
+    staged = out / checkpoints.STAGING_FOLDER / MODEL_FOLDER
+    checkpoints.check_room(out, checkpoints.required_bytes(trainer.model, with_optimizer=False))
+    trainer.save_model(str(staged))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        tokenizer.save_pretrained(staged)
+        checkpoints.publish(staged, out / MODEL_FOLDER)
+        shutil.rmtree(staged.parent, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _report(
+    config: RunConfig,
+    trainer: ORTTrainer,
+    record: dict[str, Any] | None,
+    eval_loss: float,
+    perplexity: float,
+) -> None:
+    from ort_train import curves, report
+    from ort_train.record import write
+
+    out = config.output_dir
+    training = {
+        "backend": config.train.backend,
+        "precision": config.train.precision,
+        "world_size": trainer.args.world_size,
+        "steps": trainer.state.global_step,
+        "first_step_s": trainer.speed.first_step_s,
+        **trainer.speed.summary(),
+        "eval_loss": eval_loss,
+        "perplexity": perplexity,
+        "log": trainer.state.log_history,
+    }
+    if record is not None:
+        record["training"] = training
+        write(record, out / RECORD_FILE)
+        report.show(record)
+        report.plot(record, out / CHART_FILE)
+        report.html(record, out / PAGE_FILE)
+    else:
+        with replacing(out / RECORD_FILE) as file:
+            file.write_text(json.dumps({"training": training}, indent=1), encoding="utf-8")
+    curves.plot(trainer.state.log_history, out / CURVE_FILE, title=config.name)
+    speed = trainer.speed.summary()
+    if speed:
+        tokens = f", {speed['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in speed else ""
+        _say(f"training: {speed['it_per_s']:.2f} it/s{tokens} over the whole run")
+    _say(f"evaluation: loss {eval_loss:.4f}, perplexity {perplexity:.1f}")
+    files = [name for name in (CHART_FILE, CURVE_FILE, PAGE_FILE) if (out / name).is_file()]
+    _say(f"saved in {out}: {MODEL_FOLDER}/, {RECORD_FILE}, {', '.join(files)}")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _say(line: str) -> None:
+    if _rank() == 0:
+        print(line, flush=True)
