@@ -88,7 +88,7 @@ def take_over(module: torch.nn.Module, make_runner: MakeRunner) -> torch.nn.Modu
                 f"{type(module).__name__} can't be wrapped: {where} is wrapped already; "
                 "call ort_train.unwrap on it first, or wrap once, outermost"
             )
-    module.forward = TrainingForward(module, make_runner)  # type: ignore[assignment]
+    module.forward = TrainingForward(module, make_runner)
     return module
 
 
@@ -98,5 +98,5 @@ def give_back(module: torch.nn.Module) -> torch.nn.Module:
     if stand_in is not None:
         del module.forward
         if module.forward != stand_in.original:  # it was an instance attribute before us, too
-            module.forward = stand_in.original  # type: ignore[method-assign]
+            module.forward = stand_in.original
     return module

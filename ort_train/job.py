@@ -189,13 +189,10 @@ def _check_same_run(config: RunConfig, out: Path) -> None:
         )
     before = load_recipe(file)
     changed = [
-        f"{section}.{key} was {old[key]!r}, is {new[key]!r}"
+        f"{section}.{key} was {old!r}, is {getattr(getattr(config, section), key)!r}"
         for section in ("model", "data", "adapter")
-        for old, new in [
-            (getattr(before, section).model_dump(), getattr(config, section).model_dump())
-        ]
-        for key in new
-        if old[key] != new[key]
+        for key, old in getattr(before, section)
+        if old != getattr(getattr(config, section), key)
     ]
     if changed:
         raise CheckpointError(
@@ -306,7 +303,7 @@ def _train(trainer: ORTTrainer, resume_from: str | None, out: Path) -> None:
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except NonFiniteLossError as error:
-        weights = [p for p in trainer.model.parameters()]
+        weights = list(trainer.model.parameters())
         if not all(bool(torch.isfinite(p).all()) for p in weights):
             raise NonFiniteLossError(
                 f"{error}. The weights themselves aren't finite any more: none were saved"

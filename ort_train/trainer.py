@@ -75,7 +75,7 @@ class ORTTrainer(Trainer):
         if not hasattr(args, "make_ort_options"):
             raise ConfigError(
                 f"args is a {type(args).__name__}: ORTTrainer takes ORTTrainingArguments "
-                "(ORTSeq2SeqTrainingArguments for ORTSeq2SeqTrainer), which accept all of its fields"
+                "(ORTSeq2SeqTrainer: ORTSeq2SeqTrainingArguments), which accept all of its fields"
             )
         if tokenizer is not None:
             if kwargs.get("processing_class") is not None:
@@ -104,14 +104,14 @@ class ORTTrainer(Trainer):
     def _install_backend(self, model: torch.nn.Module) -> None:
         if self._stand_in is not None and self._stand_in.module is model:
             if not _is_installed(self._stand_in, model):
-                model.forward = self._stand_in  # type: ignore[assignment]
+                model.forward = self._stand_in
             return
         args: Any = self.args
         make_runner = runner_factory(args.backend, args.precision, args.make_ort_options())
         if args.use_module_with_loss:
             make_runner = functools.partial(_loss_runner, make_runner, self._graph_loss)
         take_over(model, make_runner)
-        self._stand_in = model.forward  # type: ignore[assignment]
+        self._stand_in = model.forward
         logger.info("training steps of %s run by backend %s", type(model).__name__, args.backend)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +260,7 @@ class ORTTrainer(Trainer):
         try:
             from transformers.trainer_utils import rotate_checkpoints
         except ImportError:  # transformers 4: a method
-            self._rotate_checkpoints(use_mtime=True, output_dir=str(run_dir))  # type: ignore[attr-defined]
+            self._rotate_checkpoints(use_mtime=True, output_dir=str(run_dir))
             return
         rotate_checkpoints(
             output_dir=str(run_dir),
@@ -284,11 +284,11 @@ def _is_installed(stand_in: TrainingForward, model: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def _plain_forward(module: torch.nn.Module, original: Callable[..., Any]) -> Iterator[None]:
     stand_in = module.__dict__.get("forward")
-    module.forward = original  # type: ignore[method-assign]
+    module.forward = original
     try:
         yield
     finally:
-        module.forward = stand_in  # type: ignore[assignment]
+        module.forward = stand_in
 
 
 def _loss_runner(

@@ -1,4 +1,4 @@
-"""The ATen executor without a compiler: ORT runs `com.microsoft::ATen` nodes through ctypes callbacks.
+"""The ATen executor without a compiler: ORT runs its ATen nodes through ctypes callbacks.
 
 Upstream ships the executor as C++ source (`torch_cpp_extensions/cpu/aten_op_executor`) that has to
 be compiled against the installed torch. ONNX Runtime only wants the addresses of two C functions,
@@ -126,8 +126,9 @@ def _to_dlpack_pointer(value: Any) -> int | None:
     return pointer
 
 
-def _poisoned_pointer() -> int | None:
+def _poisoned_pointer() -> int:
     pointer = _to_dlpack_pointer(torch.zeros(1))
+    assert pointer is not None
     ctypes.cast(pointer, ctypes.POINTER(_DLTensor)).contents.dtype_code = _POISON_DTYPE_CODE
     return pointer
 

@@ -199,7 +199,7 @@ def _silence_nvtx() -> None:
     ORTModule marks its steps with them (`training/utils/torch_profile_utils.py`).
     """
     if torch.version.cuda is None and torch.version.hip is None:
-        profile = importlib.import_module("onnxruntime.training.utils.torch_profile_utils")
+        profile: Any = importlib.import_module("onnxruntime.training.utils.torch_profile_utils")
         profile.torch_nvtx_range_push = lambda message: None
         profile.torch_nvtx_range_pop = lambda: None
 
@@ -246,7 +246,7 @@ def load() -> types.ModuleType:
         ):
             # The CUDA wheel says on every CPU machine that it finds no CUDA runtime.
             warnings.filterwarnings("ignore", message=".*cudart_version")
-            ortmodule = importlib.import_module("onnxruntime.training.ortmodule")
+            ortmodule: Any = importlib.import_module("onnxruntime.training.ortmodule")
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(
             f"backend 'ort' can't run here: importing ORTModule failed with {error}; "
