@@ -126,8 +126,8 @@ def summary_lines(record: Record) -> list[str]:
     protocol = record["protocol"]
     lines.append(
         f"{protocol['rounds']} interleaved rounds of {protocol['steps']} training steps "
-        f"(forward, backward, fused AdamW) after {protocol['warmup_steps']} of warm-up, without dropout; "
-        "differences are to eager fp32"
+        f"(forward, backward, fused AdamW) after {protocol['warmup_steps']} of warm-up, "
+        "without dropout; differences are to eager fp32"
     )
     if record["data"]:
         lines.append(f"data: {record['data']}")
@@ -280,8 +280,9 @@ def _bar(axes: Axes, x: float, width: float, result: Result, relative: bool) -> 
         axes.text(x, 0, f" {why}", rotation=90, ha="center", va="bottom", fontsize=9, color=color)
         return
     axes.bar(x, height, width * 0.92, color=color, alpha=ALPHAS[result["precision"]])
-    spread = [[max(0.0, height - low)], [max(0.0, high - height)]]
-    axes.errorbar(x, height, spread, color="#202020", linewidth=1, capsize=2.5)
+    if low < high:  # the baseline against itself has no spread
+        spread = [[max(0.0, height - low)], [max(0.0, high - height)]]
+        axes.errorbar(x, height, spread, color="#202020", linewidth=1, capsize=2.5)
     text = f"{height:.2f} {TIMES}\n{rate['median']:.3g} it/s" if relative else f"{height:.3g}"
     axes.annotate(
         text, (x, high), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=8
