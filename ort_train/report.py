@@ -270,19 +270,20 @@ def _caption(record: Record) -> str:
 def _bar(axes: Axes, x: float, width: float, result: Result, relative: bool) -> None:
     """One result: a bar with its value and spread, or the word for why there is none."""
     color, rate = COLORS.get(result["backend"], OTHER), result["it_per_s"]
-    if relative:
-        height = result["speedup_vs_eager"]
-        low, high = result["speedup_vs_eager_range"] or (None, None)
-    else:
-        height, low, high = (rate["median"], rate["p20"], rate["p80"]) if rate else (None,) * 3
-    if height is None or result["status"] != "ok":
+    spread: tuple[float, float, float] | None = None
+    if relative and result["speedup_vs_eager"] is not None:
+        spread = (result["speedup_vs_eager"], *result["speedup_vs_eager_range"])
+    elif not relative and rate is not None:
+        spread = (rate["median"], rate["p20"], rate["p80"])
+    if spread is None or result["status"] != "ok":
         why = result["status"] if result["status"] != "ok" else "no baseline"
         axes.text(x, 0, f" {why}", rotation=90, ha="center", va="bottom", fontsize=9, color=color)
         return
+    height, low, high = spread
     axes.bar(x, height, width * 0.92, color=color, alpha=ALPHAS[result["precision"]])
     if low < high:  # the baseline against itself has no spread
-        spread = [[max(0.0, height - low)], [max(0.0, high - height)]]
-        axes.errorbar(x, height, spread, color="#202020", linewidth=1, capsize=2.5)
+        whiskers = [[max(0.0, height - low)], [max(0.0, high - height)]]
+        axes.errorbar(x, height, whiskers, color="#202020", linewidth=1, capsize=2.5)
     text = f"{height:.2f} {TIMES}\n{rate['median']:.3g} it/s" if relative else f"{height:.3g}"
     axes.annotate(
         text, (x, high), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=8
