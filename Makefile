@@ -1,0 +1,52 @@
+# `make train` and `make test` set up what they need: a .venv with the versions of constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first Python of a supported version; override with `make PYTHON=/path/to/python3.11`.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+RECIPE ?= quickstart
+# More of the command line: make train ARGS="train.max_steps=50 output.overwrite=true"
+ARGS ?=
+
+.PHONY: help setup train test lint format bench doctor clean
+
+help:
+	@echo "make train [RECIPE=quickstart] [ARGS=...]  set up, then train a recipe and report"
+	@echo "make test                                  set up, then run the tests"
+	@echo "make bench RECIPE=... [ARGS=...]           measure a recipe over the backends"
+	@echo "make doctor                                what is installed, what is wrong"
+	@echo "make lint | format | clean"
+
+setup: $(VENV)/.installed
+
+# Made anew when the versions change; pip leaves alone what is right already.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: onnxruntime-training 1.19.2 has no wheels for a newer one. Get it with 'apt-get install python3.11 python3.11-venv', 'uv python install 3.11' or 'pyenv install 3.11', then: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "'$(PYTHON) -m venv' failed: apt-get install python3.11-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+train: setup
+	$(BIN)/python launch/train.py --recipe $(RECIPE) output.overwrite=true $(ARGS)
+
+test: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ort_train
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/ort-train bench $(RECIPE) $(ARGS)
+
+doctor: setup
+	$(BIN)/ort-train doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
