@@ -54,6 +54,8 @@ _POISON_DTYPE_CODE = 255
 
 
 class _Argument(NamedTuple):
+    name: str
+    is_keyword: bool
     kind: str  # kind of the element type: "TensorType", "IntType", ...
     is_list: bool
     is_optional: bool
@@ -66,6 +68,8 @@ class _Operator(NamedTuple):
     return_kinds: tuple[str, ...]
 
 
+# ORT's DLPack knows bool only as uint8. Arguments of these names are never numbers of eight bits.
+_MASKS = frozenset({"mask", "condition", "attn_mask", "attn_bias", "key_padding_mask"})
 _SCALARS: dict[str, Any] = {
     "IntType": int,
     "SymIntType": int,
@@ -85,7 +89,7 @@ def _parse_argument(argument: torch.Argument) -> _Argument:
     if is_list:
         kind = kind.getElementType()
     default = argument.default_value if argument.has_default_value() else None
-    return _Argument(kind.kind(), is_list, is_optional, default)
+    return _Argument(argument.name, argument.kwarg_only, kind.kind(), is_list, is_optional, default)
 
 
 @functools.cache
@@ -103,10 +107,12 @@ def _to_python(argument: _Argument, pointer: int | None) -> Any:
     if not pointer:
         return None if argument.is_optional else argument.default
     tensor = torch._C._from_dlpack(_new_capsule(pointer, _CAPSULE_NAME, None))
-    if argument.kind == "TensorType":
-        return tensor
+    if argument.kind == "TensorType" and not argument.is_list:
+        is_mask = tensor.dtype == torch.uint8 and argument.name in _MASKS
+        return tensor.view(torch.bool) if is_mask else tensor
     if argument.kind not in _SCALARS:
-        raise TypeError(f"an ATen node can't pass an argument of kind {argument.kind}")
+        kind = "a list of tensors" if argument.kind == "TensorType" else f"kind {argument.kind}"
+        raise TypeError(f"an ATen node can't pass argument {argument.name!r}, {kind}")
     convert = _SCALARS[argument.kind]
     values = tensor.reshape(-1).tolist()
     return [convert(value) for value in values] if argument.is_list else convert(values[0])
@@ -118,7 +124,7 @@ def _to_dlpack_pointer(value: Any) -> int | None:
         return None
     tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bool:  # ORT's DLPack knows bool only as uint8
+    if tensor.dtype == torch.bool:  # see _MASKS
         tensor = tensor.view(torch.uint8)
     capsule = dlpack.to_dlpack(tensor)
     pointer = _capsule_pointer(capsule, _CAPSULE_NAME)
@@ -156,6 +162,34 @@ def raise_pending(cause: BaseException | None = None) -> None:
         raise errors[0] from None
 
 
+def _arguments(op: _Operator, pointers: list[int | None]) -> tuple[list[Any], dict[str, Any]]:
+    """A node's inputs as the operator's positional and keyword arguments."""
+    positional: list[Any] = []
+    keywords: dict[str, Any] = {}
+    errors: list[Exception] = []
+    # Every input is converted, even after one failed: ownership passes with the call.
+    for argument, pointer in zip(op.arguments, pointers, strict=False):
+        try:
+            value = _to_python(argument, pointer)
+        except Exception as error:
+            errors.append(error)
+            continue
+        if argument.is_keyword:
+            keywords[argument.name] = value
+        else:
+            positional.append(value)
+    if len(pointers) > len(op.arguments):
+        errors.append(
+            TypeError(
+                f"{op.overload} takes {len(op.arguments)} arguments, and the ATen node passes "
+                f"{len(pointers)}"
+            )
+        )
+    if errors:
+        raise errors[0]
+    return positional, keywords
+
+
 def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool) -> bool:
     try:
         op = _operator(name, overload)
@@ -171,10 +205,9 @@ def _execute(
 ) -> None:
     try:
         op = _operator(name, overload)
-        # Every input is converted, even after one failed: ownership passes with the call.
-        arguments = [_to_python(op.arguments[i], inputs[i]) for i in range(num_inputs)]
+        positional, keywords = _arguments(op, [inputs[i] for i in range(num_inputs)])
         with torch.no_grad():
-            results = op.overload(*arguments)
+            results = op.overload(*positional, **keywords)
         if not isinstance(results, tuple | list):
             results = (results,)
         for i in range(num_outputs):
