@@ -281,7 +281,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 def _without_dropout(config: Any) -> None:
     """Set every dropout of a config to 0: two backends draw different masks."""
     for name, value in vars(config).items():
-        if ("dropout" in name or "pdrop" in name or "layerdrop" in name) and value is not None:
+        is_rate = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_rate and any(word in name for word in ("dropout", "pdrop", "layerdrop")):
             setattr(config, name, 0.0)
 
 
@@ -336,5 +337,3 @@ def make_batch(architecture: Architecture, batch: int, length: int, seed: int) -
 def find(model_type: str) -> Architecture:
     """The table's row of a model type."""
     return next(a for a in ARCHITECTURES if a.model_type == model_type)
-
-

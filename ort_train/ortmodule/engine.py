@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import BackendUnavailableError, UnsupportedModelError
-from ort_train.ortmodule import gradients, symbolics, upstream
+from ort_train.ortmodule import gradients, symbolics, transformers_compat, upstream
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.options import OrtOptions
 
@@ -177,7 +177,7 @@ class Engine:
                 gradients.register()
                 self._seed()
                 try:
-                    with _buffers_kept(module):
+                    with _buffers_kept(module), transformers_compat.export_scope(module):
                         outputs = self._ort_module(**named)
                 except Exception as error:
                     self._ort_module = None
@@ -189,7 +189,9 @@ class Engine:
         )
         if not self._is_stochastic:  # a graph without randomness leaves torch's stream alone
             torch.set_rng_state(rng_state)
-        graph_inputs = set(manager._graph_transition_manager._exported_model_info.onnx_graph_input_names)
+        graph_inputs = set(
+            manager._graph_transition_manager._exported_model_info.onnx_graph_input_names
+        )
         flattened = manager._flattened_module
         self._buffer_names = tuple(n for n, _ in flattened.named_buffers() if n in graph_inputs)
         self.build_s = time.perf_counter() - started
@@ -235,7 +237,7 @@ def _quiet_exporter() -> Iterator[None]:
     """The TorchScript exporter and its tracer warn per operator, and of their own deprecation."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        for pattern in (".*", ):
+        for pattern in (".*",):
             warnings.filterwarnings("ignore", pattern, module=r"torch\.onnx.*")
             warnings.filterwarnings("ignore", pattern, module=r"onnxruntime.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,7 +1,89 @@
-"""Gradients of operators that ONNX Runtime's gradient builder lacks."""
+"""Gradients of operators that ONNX Runtime's gradient builder lacks.
+
+A registered gradient is a list of nodes in which `GO(i)` is the gradient of output i, `I(i)` is
+the forward node's input and `GI(i)` the gradient of input i (`_custom_gradient_registry.py` of
+onnxruntime-training 1.19.2). Where an input needs no gradient (a frozen weight, the images), ONNX
+Runtime leaves the name of that output empty, and its ATen kernel then fails with `invalid index
+-1`. So each operator's gradient is registered as one node with an output per input, and split
+into one node per wanted gradient when the graph is built.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from typing import Any, NamedTuple
 
+from ort_train.ortmodule import operators  # noqa: F401  # the operators of the gradients
+
+_DOMAIN = "org.pytorch.aten"
+
+
+class _Gradient(NamedTuple):
+    """How an operator that torch runs (aten.py) is differentiated.
+
+    Attributes:
+        backward: the operators that compute the gradients of the first inputs, one each; all
+            take the output's gradient and then the forward's inputs `arguments`.
+        arguments: positions of the forward's inputs.
+    """
+
+    backward: tuple[str, ...]
+    arguments: tuple[int, ...]
+
+
+_GRADIENTS = {
+    "convolution": _Gradient(
+        ("ort_train::convolution_input_grad", "ort_train::convolution_weight_grad"),
+        (0, 1, 3, 4, 5, 6, 7, 8),  # without 2, the bias
+    ),
+    "ort_train::grouped_linear": _Gradient(
+        ("ort_train::grouped_linear_input_grad", "ort_train::grouped_linear_weight_grad"),
+        (0, 1, 2, 3),
+    ),
+}
+#: Inputs through which no gradient flows.
+_STOPPED = {"ort_train::grouped_linear": {2}, "histc": {0}}
+
+
+def _split_gradients(graph: Any) -> None:
+    """One node per wanted gradient; `graph` is an onnx.GraphProto, changed in place."""
+    nodes = []
+    for node in graph.node:
+        operator = next((a.s.decode() for a in node.attribute if a.name == "operator"), "")
+        backward = operator.split("|") if node.domain == _DOMAIN else [operator]
+        if len(backward) == 1:
+            nodes.append(node)
+            continue
+        for name, output in zip(backward, node.output, strict=False):
+            if output:
+                part = type(node)()
+                part.CopyFrom(node)
+                part.name = f"{node.name}/{name}"
+                next(a for a in part.attribute if a.name == "operator").s = name.encode()
+                part.output[:] = [output]
+                nodes.append(part)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+@functools.cache
 def register() -> None:
-    """Register all of them with ONNX Runtime."""
+    """Register all of them with ONNX Runtime, for the life of the process."""
+    package = "onnxruntime.training.ortmodule"
+    registry = importlib.import_module(f"{package}._custom_gradient_registry")
+    optimizers = importlib.import_module(f"{package}.graph_optimizer_registry")
+    native = importlib.import_module("onnxruntime.capi._pybind_state")
+    for operator, gradient in _GRADIENTS.items():
+        node = (
+            ("ATen", _DOMAIN),
+            ["GO(0)", *(f"I({i})" for i in gradient.arguments)],
+            [f"GI({i})" for i in range(len(gradient.backward))],
+            {"operator": {"value": "|".join(gradient.backward), "dtype": "string"}},
+        )
+        key = f"{_DOMAIN}::ATen::{operator}::"
+        native.register_gradient_definition(key, registry._to_gradient_definition([node]))
+    for operator, inputs in _STOPPED.items():
+        key = f"{_DOMAIN}::ATen::{operator}::"
+        native.register_custom_stop_gradient_edges(key, inputs)
+    optimizers.register_graph_optimizer()(_split_gradients)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.onnx.symbolic_opset9
 import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError
@@ -84,7 +85,8 @@ def _torch_onnx_aliases() -> Iterator[None]:
     """The exporter's modules under the names that ORTModule imports them by.
 
     torch 2.9 moved `torch.onnx._internal.{jit_utils,registration,onnx_proto_utils}` and
-    `torch.onnx.{_globals,_type_utils}` into `torch.onnx._internal.torchscript_exporter`.
+    `torch.onnx.{_globals,_type_utils}` into `torch.onnx._internal.torchscript_exporter`, and left
+    `_convolution` and `_convolution_mode` out of `torch.onnx.symbolic_opset9`.
     """
     with contextlib.ExitStack() as stack:
         for package, names in (
@@ -99,6 +101,9 @@ def _torch_onnx_aliases() -> Iterator[None]:
                 sys.modules[alias] = module
                 stack.callback(sys.modules.pop, alias, None)
                 stack.enter_context(_attributes(sys.modules[package], **{name: module}))
+        opset9, public = exporter_module("symbolic_opset9"), torch.onnx.symbolic_opset9
+        names = [n for n in ("_convolution", "_convolution_mode") if not hasattr(public, n)]
+        stack.enter_context(_attributes(public, **{n: getattr(opset9, n) for n in names}))
         yield
 
 
@@ -116,11 +121,17 @@ def _torchscript_exporter() -> Iterator[None]:
         yield
 
 
+def exporter_module(name: str) -> Any:
+    """A module of the TorchScript exporter by its short name, from where this torch keeps it."""
+    for package in (_EXPORTER, "torch.onnx", "torch.onnx._internal"):
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(f"{package}.{name}")
+    raise BackendUnavailableError(f"this torch has no TorchScript exporter: {name} is missing")
+
+
 def symbolic_registry() -> Any:
-    """The TorchScript exporter's registry of symbolic functions, by either of its addresses."""
-    with contextlib.suppress(ModuleNotFoundError):
-        return importlib.import_module(f"{_EXPORTER}.registration").registry
-    return importlib.import_module("torch.onnx._internal.registration").registry
+    """The TorchScript exporter's registry of symbolic functions."""
+    return exporter_module("registration").registry
 
 
 @contextlib.contextmanager
