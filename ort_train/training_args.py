@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils.generic import ExplicitEnum
 
@@ -162,6 +164,11 @@ class _BackendArguments:
 
 def _post_init(arguments: Any, parent: type) -> None:
     arguments._translate_older_names()
+    if not torch.cuda.is_available():
+        # Without use_cpu, accelerate would let the ranks of a CPU machine train side by side.
+        arguments.use_cpu = True
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.ddp_backend is None:
+            arguments.ddp_backend = "gloo"
     fused = arguments.optim == ORTOptimizerNames.ADAMW_ORT_FUSED
     if fused:  # not a name that transformers knows
         arguments.optim = "adamw_torch_fused"
