@@ -203,8 +203,8 @@ def test_an_interrupt_inside_an_operator_is_not_swallowed(monkeypatch):
 
 def test_first_of_several_errors_is_raised():
     first, second = ValueError("first"), ValueError("second")
-    aten._keep(first)
-    aten._keep(second)
+    aten.keep_error(first)
+    aten.keep_error(second)
     with pytest.raises(ValueError, match="first"):
         aten.raise_pending()
     aten.raise_pending()

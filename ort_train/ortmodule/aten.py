@@ -143,7 +143,7 @@ _pending: list[BaseException] = []
 _pending_lock = threading.Lock()
 
 
-def _keep(error: BaseException) -> None:
+def keep_error(error: BaseException) -> None:
     with _pending_lock:
         _pending.append(error)
 
@@ -196,7 +196,7 @@ def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool
         kind = op.arguments[index].kind if is_input else op.return_kinds[index]
         return kind == "TensorType"
     except BaseException as error:
-        _keep(error)
+        keep_error(error)
         return False
 
 
@@ -213,7 +213,7 @@ def _execute(
         for i in range(num_outputs):
             outputs[i] = _to_dlpack_pointer(results[i])
     except BaseException as error:
-        _keep(error)
+        keep_error(error)
         for i in range(num_outputs):
             outputs[i] = _poisoned_pointer()
 

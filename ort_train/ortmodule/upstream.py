@@ -24,7 +24,7 @@ import torch.onnx.symbolic_opset9
 import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import aten
+from ort_train.ortmodule import aten, functions
 from ort_train.ortmodule.options import OrtOptions
 
 #: The patches below are written against this very release and are applied to no other.
@@ -303,6 +303,7 @@ def export_scope(options: OrtOptions) -> Iterator[None]:
         _torch_onnx_aliases(),
         _torchscript_exporter(),
         _restored_symbolics(),
+        functions.as_python_ops() if options.compiled_extensions else functions.refused(),
         _attributes(
             manager,
             _export_model=staticmethod(_gradients_of_trainable_only(manager._export_model)),

@@ -1,0 +1,105 @@
+"""torch.autograd.Function in an exported graph: run as it is (PythonOp), or refused.
+
+Without its C++ extension ORTModule exports with `autograd_inlining`: a Function's forward is traced
+operator by operator, its backward is dropped, and ONNX Runtime differentiates the traced operators
+instead. Where the two differ (straight-through estimators, clipped or scaled gradients) a model
+would train on other gradients and say nothing. So every Function is refused, by name, unless its
+backward is known to be the derivative of its forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd import function as autograd_function
+
+from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule import extensions
+
+#: Functions whose backward is the derivative of their forward, written out to save memory or time.
+#: A test compares each with autograd.
+SAFE_TO_INLINE = {
+    "transformers.models.bloom.modeling_bloom.GeLUFunction",
+    "peft.tuners.loha.layer.HadaWeight",
+    "peft.tuners.loha.layer.HadaWeightCP",
+    # Recomputes, and differentiates what it recomputes.
+    "torch.utils.checkpoint.CheckpointFunction",
+}
+
+
+def _is_safe(function: type) -> bool:
+    # ORTModule's own Functions carry its graph and mark its outputs.
+    return (
+        function.__module__.startswith("onnxruntime.")
+        or f"{function.__module__}.{function.__qualname__}" in SAFE_TO_INLINE
+    )
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """No torch.autograd.Function may be traced through by this thread meanwhile.
+
+    Raises:
+        UnsupportedModelError: naming the first one that was called, whatever became of the export.
+    """
+    refusal: UnsupportedModelError | None = None
+    thread = threading.get_ident()
+    # `Function.apply` ends in `super().apply`, which finds it here. Replacing `Function.apply`
+    # itself would miss the usual `ste = MySTE.apply` at a module's top.
+    owner = autograd_function._SingleLevelFunction
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal refusal
+        if threading.get_ident() == thread and not _is_safe(cls) and _is_differentiable(args):
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            refusal = refusal or UnsupportedModelError(
+                f"backend 'ort' would trace through the torch.autograd.Function {name} and ignore "
+                "its backward: set the option compiled_extensions=true, which runs it as it is "
+                "(builds a C++ extension, once), or train with backend='compile' or 'eager'"
+            )
+            raise refusal
+        return super(owner, cls).apply(*args, **kwargs)
+
+    owner.apply = classmethod(apply)
+    try:
+        yield
+    except Exception:
+        if refusal is not None:  # the exporter wraps what is raised while it traces
+            raise refusal from None
+        raise
+    finally:
+        del owner.apply
+    if refusal is not None:
+        raise refusal
+
+
+def _is_differentiable(args: tuple[Any, ...]) -> bool:
+    return any(
+        isinstance(arg, torch.Tensor) and (arg.is_floating_point() or arg.is_complex())
+        for arg in args
+    )
+
+
+@contextlib.contextmanager
+def as_python_ops() -> Iterator[None]:
+    """Every torch.autograd.Function becomes an operator that calls it, forward and backward.
+
+    On for the ORTModule that is constructed and exported meanwhile, off for all others.
+
+    Raises:
+        BackendUnavailableError: where the C++ extension can't be built.
+    """
+    extensions.enable()
+    support: Any = importlib.import_module(
+        "onnxruntime.training.ortmodule._custom_autograd_function"
+    )
+    support.enable_custom_autograd_support(True)
+    try:
+        yield
+    finally:
+        support.enable_custom_autograd_support(False)
