@@ -111,11 +111,8 @@ def _inputs(name: str) -> list[Any]:
 
     if name == "GeLUFunction":
         return [leaf(50)]
-    if name == "HadaWeight":
-        return [leaf(5, 2), leaf(2, 7), leaf(5, 2), leaf(2, 7), torch.tensor(0.7)]
-    assert name == "HadaWeightCP"
-    half = [leaf(2, 2, 3, 3), leaf(2, 5), leaf(2, 7)]
-    return [*half, leaf(2, 2, 3, 3), leaf(2, 5), leaf(2, 7), torch.tensor(0.7)]
+    assert name == "HadaWeight"
+    return [leaf(5, 2), leaf(2, 7), leaf(5, 2), leaf(2, 7), torch.tensor(0.7)]
 
 
 @pytest.mark.parametrize("path", sorted(functions.SAFE_TO_INLINE))
