@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import logging
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ort_train.errors import BackendUnavailableError, UnsupportedModelError
 from ort_train.ortmodule import gradients, symbolics, transformers_compat, upstream
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
+from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
 
 logger = logging.getLogger(__name__)
@@ -181,7 +180,8 @@ class Engine:
                         outputs = self._ort_module(**named)
                 except Exception as error:
                     self._ort_module = None
-                    raise _explained(error, module) from error
+                    who = f"backend 'ort' can't train {type(module).__name__}"
+                    raise explained(error, who) from error
         manager = self._training_manager
         self._is_stochastic = any(
             node.op_type in _STOCHASTIC_OPERATORS
@@ -189,9 +189,8 @@ class Engine:
         )
         if not self._is_stochastic:  # a graph without randomness leaves torch's stream alone
             torch.set_rng_state(rng_state)
-        graph_inputs = set(
-            manager._graph_transition_manager._exported_model_info.onnx_graph_input_names
-        )
+        exported = manager._graph_transition_manager._exported_model_info
+        graph_inputs = set(exported.onnx_graph_input_names)
         flattened = manager._flattened_module
         self._buffer_names = tuple(n for n, _ in flattened.named_buffers() if n in graph_inputs)
         self.build_s = time.perf_counter() - started
@@ -242,31 +241,3 @@ def _quiet_exporter() -> Iterator[None]:
             warnings.filterwarnings("ignore", pattern, module=r"onnxruntime.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         yield
-
-
-_OPERATOR_PATTERNS = (
-    re.compile(r"Unsupported: ONNX export of operator (?P<op>[\w:]+)"),
-    re.compile(r"Exporting the operator '(?P<op>[\w:]+)'"),
-    re.compile(r"operator (?P<op>aten::\w+)"),
-    re.compile(r"unrecognized namespace (?P<op>\w+::\w+)"),
-    re.compile(r"Could not find an implementation for (?P<op>[\w.]+(?:\(\d+\))?)"),
-    re.compile(r"No gradient.*?(?:for|of) (?P<op>\w+)"),
-    re.compile(r"gradient (?:function|builder).*?(?P<op>\w+)"),
-    re.compile(r"Status Message: .*?node\. Name:'[^']*' .*?(?P<op>\w+)"),
-)
-
-
-def _explained(error: Exception, module: torch.nn.Module) -> Exception:
-    """The error that a user gets for a module that ORTModule can't take."""
-    if isinstance(error, UnsupportedModelError | BackendUnavailableError):
-        return error
-    text = str(error)
-    operator = next((m["op"] for p in _OPERATOR_PATTERNS if (m := p.search(text))), None)
-    last_line = next((line for line in reversed(text.splitlines()) if line.strip()), text)
-    what = f"operator {operator}" if operator else last_line.strip()[:300]
-    return UnsupportedModelError(
-        f"backend 'ort' can't train {type(module).__name__}: {what} "
-        f"({last_line.strip()[:300] if operator else type(error).__name__}). "
-        "Train it with backend='compile' or 'eager', or backend='auto', which takes the fastest "
-        "that can; a missing operator can be added in ort_train/ortmodule/symbolics.py"
-    )

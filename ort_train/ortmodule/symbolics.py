@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ort_train.ortmodule.attention import scaled_dot_product_attention
 from ort_train.ortmodule.nodes import (
     aten,
     constant,
@@ -172,8 +173,9 @@ def _repeat_interleave(
     sizes = sizes_of(self)
     if sizes is None:
         return output
-    repeated_size = None if sizes[axis] is None else sizes[axis] * count
-    return typed(output, self, [*sizes[:axis], repeated_size, *sizes[axis + 1 :]])
+    size = sizes[axis]
+    size = None if size is None else size * count
+    return typed(output, self, [*sizes[:axis], size, *sizes[axis + 1 :]])
 
 
 @_symbolic("prim::ConstantChunk")
@@ -238,7 +240,10 @@ def _where(g: Any, condition: Any, self: Any = None, other: Any = None, _output:
     return g.op("Where", condition, *chosen)
 
 
-# --- Experts
+# --- Attention and experts
+
+
+_symbolic("scaled_dot_product_attention")(scaled_dot_product_attention)
 
 
 @_symbolic("ort_train::grouped_linear")

@@ -48,10 +48,10 @@ def _version() -> tuple[int, int]:
 
 def _configs(module: torch.nn.Module) -> list[Any]:
     """The configs of a module's parts, each once."""
-    base = importlib.import_module("transformers").PreTrainedConfig
-    found = {
-        id(c): c for m in module.modules() if isinstance(c := getattr(m, "config", None), base)
-    }
+    transformers = importlib.import_module("transformers")
+    base = getattr(transformers, "PreTrainedConfig", transformers.PretrainedConfig)
+    configs = (getattr(part, "config", None) for part in module.modules())
+    found = {id(config): config for config in configs if isinstance(config, base)}
     for config in list(found.values()):
         for name in getattr(config, "sub_configs", {}):
             part = getattr(config, name, None)

@@ -25,6 +25,7 @@ import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule import aten, functions
+from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
 
 #: The patches below are written against this very release and are applied to no other.
@@ -102,8 +103,8 @@ def _torch_onnx_aliases() -> Iterator[None]:
                 stack.callback(sys.modules.pop, alias, None)
                 stack.enter_context(_attributes(sys.modules[package], **{name: module}))
         opset9, public = exporter_module("symbolic_opset9"), torch.onnx.symbolic_opset9
-        names = [n for n in ("_convolution", "_convolution_mode") if not hasattr(public, n)]
-        stack.enter_context(_attributes(public, **{n: getattr(opset9, n) for n in names}))
+        hidden = [n for n in ("_convolution", "_convolution_mode") if not hasattr(public, n)]
+        stack.enter_context(_attributes(public, **{n: getattr(opset9, n) for n in hidden}))
         yield
 
 
@@ -215,25 +216,28 @@ def _silence_nvtx() -> None:
         profile.torch_nvtx_range_pop = lambda: None
 
 
-def _surface_callback_errors() -> None:
-    """Raise the exception of an ATen callback in place of ONNX Runtime's report of its effect."""
+def _surface_errors() -> None:
+    """Raise the exception of an ATen callback in place of ONNX Runtime's report of its effect,
+    and other reports in words that say what to do."""
     agent = importlib.import_module("onnxruntime.training.ortmodule._execution_agent")
 
-    def surfacing(run: Callable[..., Any]) -> Callable[..., Any]:
+    def surfacing(run: Callable[..., Any], pass_name: str) -> Callable[..., Any]:
         @functools.wraps(run)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             try:
                 result = run(*args, **kwargs)
             except Exception as error:
                 aten.raise_pending(error)
-                raise
+                raise explained(error, f"backend 'ort' failed in the {pass_name} pass") from error
             aten.raise_pending()
             return result
 
         return wrapper
 
-    for name in ("run_forward", "run_backward"):
-        setattr(agent.TrainingAgent, name, surfacing(getattr(agent.TrainingAgent, name)))
+    for pass_name in ("forward", "backward"):
+        method = f"run_{pass_name}"
+        run = getattr(agent.TrainingAgent, method)
+        setattr(agent.TrainingAgent, method, surfacing(run, pass_name))
 
 
 @functools.cache
@@ -266,7 +270,7 @@ def load() -> types.ModuleType:
     # Set at import where no compiled extension lies in site-packages; ours stand in for them.
     ortmodule._FALLBACK_INIT_EXCEPTION = None
     _silence_nvtx()
-    _surface_callback_errors()
+    _surface_errors()
     return ortmodule
 
 

@@ -1,0 +1,122 @@
+"""Scaled dot-product attention as ONNX nodes that ONNX Runtime can differentiate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ort_train.ortmodule.nodes import (
+    constant,
+    dtype_of,
+    ints,
+    is_none,
+    onnx_type,
+    scalar,
+    sizes_of,
+    unsupported,
+)
+
+_NAME = "scaled_dot_product_attention"
+
+
+def scaled_dot_product_attention(
+    g: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    scale: Any = None,
+    enable_gqa: Any = False,
+) -> Any:
+    """softmax(query · keyᵀ · scale + mask) · value, with dropout of the softmax.
+
+    torch's own symbolic function (opset 14) drops nothing while training, knows no grouped heads,
+    and takes the softmax of -inf, which makes the gradients of a row with no visible key NaN where
+    torch's are 0. Source of the semantics: `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    dtype = dtype_of(query)
+    if constant(enable_gqa, "b", "enable_gqa"):
+        key, value = (_repeated_heads(g, tensor, query) for tensor in (key, value))
+    if is_none(scale):
+        factor = scalar(g, 1 / math.sqrt(_size(query, -1)), dtype)
+    else:
+        factor = g.op("Cast", scale, to_i=onnx_type(dtype))
+    rank = _rank(query)
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    scores = g.op("MatMul", g.op("Mul", query, factor), g.op("Transpose", key, perm_i=swapped))
+    if constant(is_causal, "b", "is_causal"):
+        if not is_none(attn_mask):
+            raise unsupported(_NAME, "both attn_mask and is_causal")
+        attn_mask = _causal_mask(g, query, key)
+    has_mask = not is_none(attn_mask)
+    if has_mask:
+        bias, sees_nothing = _additive(g, attn_mask, dtype)
+        scores = g.op("Add", scores, bias)
+    weights = g.op("Softmax", scores, axis_i=-1)
+    rate = constant(dropout_p, "f", "dropout_p")
+    if rate > 0:
+        is_training = scalar(g, True, torch.bool)
+        ratio = scalar(g, rate, torch.float32)
+        weights, _ = g.op("Dropout", weights, ratio, is_training, outputs=2)
+    output = g.op("MatMul", weights, value)
+    if has_mask:
+        output = g.op("Where", sees_nothing, scalar(g, 0, dtype), output)
+    return output
+
+
+def _additive(g: Any, mask: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A mask as finite terms to add, and which rows see no key: (…, queries, 1), bool."""
+    lowest = scalar(g, torch.finfo(dtype).min, dtype)
+    if dtype_of(mask) is torch.bool:
+        is_visible = mask
+        bias = g.op("Where", mask, scalar(g, 0, dtype), lowest)
+    else:
+        # A bias that is learned gets its gradient through Where; it has the mask's own shape.
+        is_visible = g.op("GreaterOrEqual", mask, lowest)
+        bias = g.op("Where", is_visible, mask, lowest)
+    int32 = onnx_type(torch.int32)
+    any_visible = g.op("ReduceMax", g.op("Cast", is_visible, to_i=int32), axes_i=[-1], keepdims_i=1)
+    return bias, g.op("Equal", any_visible, scalar(g, 0, torch.int32))
+
+
+def _causal_mask(g: Any, query: Any, key: Any) -> Any:
+    """(queries, keys), bool: each query sees the keys up to its own position."""
+
+    def length(tensor: Any) -> Any:
+        return g.op("Slice", g.op("Shape", tensor), ints(g, -2), ints(g, -1))
+
+    shape = g.op("Concat", length(query), length(key), axis_i=0)
+    ones = g.op("ConstantOfShape", shape, value_t=torch.tensor([1.0]))
+    return g.op("Cast", g.op("Trilu", ones, upper_i=0), to_i=onnx_type(torch.bool))
+
+
+def _repeated_heads(g: Any, tensor: Any, query: Any) -> Any:
+    """Keys or values (batch, heads, length, size) with each head repeated for its group."""
+    if _rank(query) != 4:
+        raise unsupported(_NAME, "enable_gqa and other than four axes")
+    num_heads, size = _size(tensor, 1), _size(tensor, 3)
+    num_copies = _size(query, 1) // num_heads
+    copies = g.op("Unsqueeze", tensor, ints(g, 2))
+    copies = g.op("Concat", *[copies] * num_copies, axis_i=2) if num_copies > 1 else copies
+    batch = g.op("Slice", g.op("Shape", tensor), ints(g, 0), ints(g, 1))
+    shape = g.op("Concat", batch, ints(g, num_heads * num_copies, -1, size), axis_i=0)
+    return g.op("Reshape", copies, shape)
+
+
+def _rank(tensor: Any) -> int:
+    sizes = sizes_of(tensor)
+    if sizes is None:
+        raise unsupported(_NAME, "an input of unknown rank")
+    return len(sizes)
+
+
+def _size(tensor: Any, axis: int) -> int:
+    sizes = sizes_of(tensor)
+    size = sizes[axis] if sizes else None
+    if size is None:
+        raise unsupported(_NAME, "a head count or size that differs between batches")
+    return size

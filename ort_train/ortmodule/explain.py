@@ -1,0 +1,72 @@
+"""What the exporter and ONNX Runtime report, in a sentence that a user can act on."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+
+from ort_train.errors import OrtTrainError, UnsupportedModelError
+
+#: Where reports name the operator, most telling first.
+_OPERATOR_PATTERNS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"Exporting the operator '(?P<op>[\w:]+)'",
+        r"unrecognized namespace (?P<op>\w+::\w+)",
+        r"ONNX export of operator (?P<op>[\w:]+)",
+        r"gradient builder has not been registered: (?P<op>[\w:.]+)",
+        r"Could not find an implementation for (?P<op>[\w.]+)",
+        r"while running (?P<op>\w+) node",
+        r"In Node, \(\"[^\"]*\", (?P<op>\w+)",
+        r"of operator \((?P<op>\w+)\)",
+        r"node of type (?P<op>\w+)",
+        r"operator (?P<op>aten::\w+)",
+    )
+)
+# ONNX Runtime's own source locations, status codes and C++ signatures.
+_NOISE = re.compile(
+    r"^.*?\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ .*? was false\. ", re.DOTALL
+)
+_LONGEST = 300
+
+
+def explained(error: BaseException, who: str) -> OrtTrainError:
+    """The error that a user gets where a module can't be exported, differentiated or run.
+
+    Args:
+        error: what was raised; to be chained with `raise ... from error`, which keeps all of it.
+        who: the subject and predicate, "backend 'ort' can't train LlamaForCausalLM".
+    """
+    if isinstance(error, OrtTrainError):
+        return error
+    text = "\n".join(_messages(error))
+    operator = next((m["op"] for p in _OPERATOR_PATTERNS if (m := p.search(text))), None)
+    what = f"operator {operator}: " if operator else ""
+    return UnsupportedModelError(
+        f"{who}: {what}{_summary(error, text, operator)}. Train it with backend='compile' or "
+        "'eager', or with backend='auto', which takes the fastest that can; a missing operator can "
+        "be added in ort_train/ortmodule/symbolics.py"
+    )
+
+
+def _messages(error: BaseException) -> Iterator[str]:
+    """The messages of an error and of what caused it, innermost last."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield str(link)
+        link = link.__cause__ or link.__context__
+
+
+def _summary(error: BaseException, text: str, operator: str | None) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    name = operator.split("::")[-1] if operator else ""
+    line = next((line for line in lines if name in line), "") if operator else ""
+    line = _NOISE.sub("", line or (lines[-1] if lines else "")).strip()
+    if not line:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" in {frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})"
+        line = type(error).__name__ + (where if frames else "")
+    return (line[: _LONGEST - 1] + "…" if len(line) > _LONGEST else line).rstrip(".")
