@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from .distributed import is_main_process
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -125,7 +126,12 @@ def make_blocks(
     num_tokens = 0
     chunks = list(_chunks(text))
     with tqdm(
-        total=len(text), desc="Tokenizing", unit="char", unit_scale=True, delay=1, disable=_quiet()
+        total=len(text),
+        desc="Tokenizing",
+        unit="char",
+        unit_scale=True,
+        delay=1,
+        disable=not is_main_process(),
     ) as bar:
         for start in range(0, len(chunks), _CHUNKS_PER_BATCH):
             if wanted is not None and num_tokens >= wanted:
@@ -330,8 +336,3 @@ def _chunks(text: str) -> Iterator[str]:
                 end = start + _CHUNK_CHARS
         yield text[start:end]
         start = end
-
-
-def _quiet() -> bool:
-    """Whether this process is one of several and not the first."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"

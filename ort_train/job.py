@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ort_train import checkpoints
+from ort_train import checkpoints, distributed
 from ort_train.config import RunConfig, to_yaml
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.record import replacing
@@ -52,9 +51,10 @@ def run(config: RunConfig) -> JobResult:
         CheckpointError: where the output folder holds another run, or can't be resumed from.
         NonFiniteLossError: naming what was saved.
     """
+    distributed.share_cores()
     check(config)
     resume_from = prepare_output(config)
-    is_main = _rank() == 0
+    is_main = distributed.is_main_process()
     out = config.output_dir
 
     import torch
@@ -94,6 +94,7 @@ def run(config: RunConfig) -> JobResult:
     _save_model(trainer, tokenizer, out)
     if is_main:
         _report(config, trainer, record, eval_loss, perplexity)
+    distributed.leave()
     return JobResult(out, perplexity, record)
 
 
@@ -147,7 +148,7 @@ def prepare_output(config: RunConfig) -> str | None:
             )
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"output.dir {str(out)!r} is a file: name a folder")
-    if _rank() == 0:
+    if distributed.is_main_process():
         occupied = out.is_dir() and any(out.iterdir())
         if occupied and output.resume == "auto":
             _check_same_run(config, out)
@@ -368,10 +369,6 @@ def _report(
     _say(f"saved in {out}: {MODEL_FOLDER}/, {RECORD_FILE}, {', '.join(files)}")
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _has_gpu() -> bool:
     import torch
 
@@ -379,5 +376,5 @@ def _has_gpu() -> bool:
 
 
 def _say(line: str) -> None:
-    if _rank() == 0:
+    if distributed.is_main_process():
         print(line, flush=True)

@@ -338,12 +338,3 @@ def test_real_text_makes_blocks(wikitext_dir):
     assert blocks[:]["input_ids"].shape == (8, 64)
     assert int(blocks[:]["input_ids"].max()) < 512
     assert corpus.eval_text.startswith(tokenizer.decode(blocks[0]["input_ids"]))
-
-
-def test_only_the_first_rank_shows_progress(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert not data._quiet()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("RANK", "2")
-    assert data._quiet()

@@ -1,0 +1,101 @@
+"""Ranks, shares of cores, and training over two processes against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ort_train import distributed
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "29511"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "29512"],
+}
+
+
+def test_only_the_first_rank_is_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert distributed.is_main_process()
+    monkeypatch.setenv("RANK", "2")
+    assert not distributed.is_main_process()
+    assert distributed.rank() == 2
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert distributed.cores_per_rank() == 8
+    monkeypatch.setenv(variable, "3")
+    assert distributed.cores_per_rank() == 2
+    monkeypatch.setenv(variable, "64")
+    assert distributed.cores_per_rank() == 1
+
+
+def test_a_chosen_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    distributed.share_cores()
+    assert torch.get_num_threads() == before
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def _train(launcher: list[str], folder: Path, wikitext: Path, micro_batch_size: int) -> Path:
+    """Eight steps of the tiny quickstart; returns the run's folder."""
+    command = [
+        *launcher,
+        str(ROOT / "launch" / "train.py"),
+        *("--recipe", "quickstart", "--tiny"),
+        "train.backend=ort",
+        f"train.micro_batch_size={micro_batch_size}",
+        "measure.baselines=[]",
+        f"data.folder={wikitext}",
+        f"output.dir={folder}",
+    ]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+    }
+    done = subprocess.run(
+        command,
+        env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_as_one(launcher: str, tmp_path: Path, wikitext_dir: Path) -> None:
+    name, *options = LAUNCHERS[launcher]
+    program = Path(sys.executable).parent / name
+    if not program.is_file():
+        pytest.skip(f"{name} is not installed")
+    one = _train([sys.executable], tmp_path / "one", wikitext_dir, micro_batch_size=4)
+    two = _train([str(program), *options], tmp_path / "two", wikitext_dir, micro_batch_size=2)
+
+    logs = [json.loads((run / "record.json").read_text())["training"] for run in (one, two)]
+    assert [log["world_size"] for log in logs] == [1, 2]
+    losses = [[entry["loss"] for entry in log["log"] if "loss" in entry] for log in logs]
+    # The global batch is the same; only the order of fp32 sums differs.
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    weights = [load_file(run / "model" / "model.safetensors") for run in (one, two)]
+    difference = max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0])
+    # AdamW divides by the gradients' root mean square, which magnifies last-bit differences of
+    # small gradients: at most a few percent of learning rate x steps (1e-3 x 8).
+    assert difference < 2e-4
