@@ -79,9 +79,11 @@ def _no_compiler(device_type: str) -> str | None:
 
 
 def _no_ort(precision: str, device_type: str) -> str | None:
-    from ort_train.ortmodule import upstream
+    from ort_train.ortmodule import cuda, upstream
 
     reason = upstream.unavailable_reason()
+    if reason is None and device_type == "cuda":
+        reason = cuda.unavailable_reason()
     if reason is None and precision != "fp32" and device_type == "cpu":
         reason = (
             f"ONNX Runtime's CPU kernels train in fp32 only, not {precision}: "

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule import gradients, symbolics, transformers_compat, upstream
+from ort_train.ortmodule import cuda, gradients, symbolics, transformers_compat, upstream
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
@@ -199,6 +199,8 @@ class Engine:
 
     def _construct(self, options: OrtOptions) -> Any:
         """An ORTModule around the graph module, with the session's threads set."""
+        if any(device.type == "cuda" for _, _, device, _ in self._graph_module._schema.tensors):
+            cuda.preload()
         ortmodule = upstream.load()
         debug = ortmodule.DebugOptions(
             log_level=ortmodule.LogLevel[options.log_level.upper()],
