@@ -41,6 +41,12 @@ class TrainingForward:
     def runner(self) -> Runner:
         """What training calls go to; made on first use, when the module is whole."""
         if self._runner is None:
+            for name, part in self.module.named_modules():
+                if name and taken_over(part) is not None:
+                    raise UnsupportedModelError(
+                        f"submodule {name!r} is wrapped inside of {type(self.module).__name__}, "
+                        "which is wrapped, too: call ort_train.unwrap on one of them"
+                    )
             self._runner = self.make_runner(self.module, self.original)
         return self._runner
 

@@ -6,6 +6,8 @@ None) is constant in one graph, and part of the key that picks the graph.
 
 from __future__ import annotations
 
+import keyword
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +31,14 @@ class CallSchema:
         names: name of each tensor, in order, made of its path in the call.
         tensors: (rank, dtype, device, requires_grad) of each tensor.
         constants: (position, value) of all leaves that are not tensors.
+        constant_types: of each constant; 1, 1.0 and True are equal, but not the same argument.
     """
 
     spec: pytree.TreeSpec
     names: tuple[str, ...]
     tensors: tuple[tuple[int, torch.dtype, torch.device, bool], ...]
     constants: tuple[tuple[int, Any], ...]
+    constant_types: tuple[type, ...]
 
     def __hash__(self) -> int:  # TreeSpec's own hash walks its whole repr
         return hash((self.names, self.tensors, self.constants))
@@ -60,8 +64,18 @@ def _path_name(path: tuple[Any, ...]) -> str:
             if hasattr(entry, attribute):
                 parts.append(str(getattr(entry, attribute)))
                 break
-    name = "_".join(parts)
-    return name if not name[:1].isdigit() else f"arg_{name}"
+    # Upstream writes the names into the source of a function.
+    name = re.sub(r"\W", "_", "_".join(parts))
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"arg_{name}"
+
+
+def _unused(name: str, names: list[str]) -> str:
+    """The name, or with a number where another path spells the same."""
+    unused, count = name, 1
+    while unused in names:
+        count += 1
+        unused = f"{name}_{count}"
+    return unused
 
 
 def describe_call(
@@ -85,7 +99,7 @@ def describe_call(
     for position, (path, leaf) in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             tensors.append(leaf)
-            names.append(_path_name(path))
+            names.append(_unused(_path_name(path), names))
         elif isinstance(leaf, _CONSTANTS):
             constants.append((position, leaf))
         else:
@@ -99,8 +113,29 @@ def describe_call(
         tuple(names),
         tuple((t.dim(), t.dtype, t.device, t.requires_grad) for t in tensors),
         tuple(constants),
+        tuple(type(value) for _, value in constants),
     )
     return schema, tuple(tensors)
+
+
+def size_pattern(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    """Which dimensions of a call are 1 (marked -1), and which are of equal size (one number each).
+
+    What a trace takes for granted about sizes: it skips a broadcast over a batch of one, and the
+    expansion of one tensor to another's size where both are equal.
+    """
+    numbers: dict[int, int] = {1: -1}
+    return tuple(numbers.setdefault(size, len(numbers)) for t in tensors for size in t.shape)
+
+
+def fits_pattern(tensors: tuple[torch.Tensor, ...], pattern: tuple[int, ...]) -> bool:
+    """Whether what a trace took for granted holds for this call, too."""
+    sizes: dict[int, int] = {-1: 1}
+    dimensions = (size for t in tensors for size in t.shape)
+    return all(
+        sizes.setdefault(number, size) == size
+        for number, size in zip(pattern, dimensions, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ort_train import distributed
+from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule import cuda, gradients, symbolics, transformers_compat, upstream
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.explain import explained
@@ -27,13 +28,12 @@ _STOCHASTIC_OPERATORS = frozenset(
 
 
 def default_num_threads() -> int:
-    """This rank's share of the cores: torch's thread count, divided among ranks that left it.
+    """This rank's share of the cores, or fewer where torch was told to use fewer."""
+    return min(torch.get_num_threads(), distributed.cores_per_rank())
 
-    torchrun sets OMP_NUM_THREADS for its ranks, the DeepSpeed launcher doesn't.
-    """
-    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(torch.get_num_threads(), cores // num_local_ranks))
+
+# ORTModule's own wrapper and ours (`_GraphModule.module`) stand before a buffer's name.
+_MODULE_PREFIX = "_original_module.module."
 
 
 class _GraphModule(torch.nn.Module):
@@ -67,14 +67,43 @@ def _training_flags_kept(module: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_kept(module: torch.nn.Module) -> Iterator[None]:
-    """Tracing runs the module twice; its buffers (running statistics) must not count that."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    """Refuse a forward that updates its buffers, as no graph would; they are as before.
+
+    Raises:
+        UnsupportedModelError: naming the buffer.
+    """
+    saved = [
+        (f"{prefix}.{name}".lstrip("."), owner, name, buffer, buffer.detach().clone())
+        for prefix, owner in module.named_modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    changed = []
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+            for path, owner, name, buffer, value in saved:
+                if not _same_values(owner._buffers.get(name), value):
+                    changed.append((path, owner))
+                    owner._buffers[name] = buffer
+                    buffer.copy_(value)
+    if changed:
+        path, owner = changed[0]
+        part, _, name = path.rpartition(".")
+        raise UnsupportedModelError(
+            f"the forward of {type(owner).__name__} {part!r} updates its buffer {name!r} in every "
+            "training call, which a graph of backend 'ort' doesn't: put that part into eval mode "
+            f"(module.get_submodule({part!r}).eval(), which freezes statistics as in most "
+            "fine-tuning), or train with backend='compile' or 'eager'"
+        )
+
+
+def _same_values(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    equal = (found == expected) | ((found != found) & (expected != expected))  # NaN is NaN
+    return bool(equal.all())
 
 
 @contextlib.contextmanager
@@ -91,6 +120,22 @@ def _without_checkpointing(module: torch.nn.Module) -> Iterator[bool]:
     finally:
         for m in flagged:
             m.gradient_checkpointing = True
+
+
+class _KnownBuffer(NamedTuple):
+    """What a buffer was when it was last looked at."""
+
+    address: int
+    version: int
+    value: torch.Tensor
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor) -> _KnownBuffer:
+        return cls(buffer.data_ptr(), buffer._version, buffer.detach().clone())
+
+    def is_untouched(self, buffer: torch.Tensor) -> bool:
+        """Quick, and false for some that are unchanged."""
+        return buffer.data_ptr() == self.address and buffer._version == self.version
 
 
 class Engine:
@@ -116,6 +161,7 @@ class Engine:
         self._is_stochastic = False
         self._parameter_ids: tuple[int, ...] = ()
         self._buffer_names: tuple[str, ...] = ()
+        self._constant_buffers: dict[str, _KnownBuffer] = {}
         #: Seconds that export, gradient graph and session took.
         self.build_s = 0.0
 
@@ -150,6 +196,25 @@ class Engine:
             for name in self._buffer_names:
                 info._buffer_for_ort_runs[name] = buffers[name]
 
+    def changed_constant_buffer(self) -> str | None:
+        """The name of a buffer that is constant in the graph and isn't what it was, or None.
+
+        The exporter makes constants of non-persistent buffers.
+        """
+        if not self._constant_buffers:
+            return None
+        for name, buffer in self._graph_module.module.named_buffers():
+            if name not in self._constant_buffers:
+                continue
+            known = self._constant_buffers[name]
+            if known.is_untouched(buffer):
+                continue
+            if not _same_values(buffer, known.value):
+                return name
+            # Written to, with the same values (DistributedDataParallel does so every step).
+            self._constant_buffers[name] = _KnownBuffer.of(buffer)
+        return None
+
     @staticmethod
     def _seed() -> None:
         """ONNX Runtime's generator follows torch's, so a restored RNG state restores dropout."""
@@ -163,14 +228,14 @@ class Engine:
     def _build_and_run(self, named: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         started = time.perf_counter()
         module = self._graph_module.module
-        with _without_checkpointing(module) as recompute_asked:
+        with _training_flags_kept(module), _without_checkpointing(module) as recompute_asked:
             options = self._options
             if recompute_asked and options.recompute == "none" and not options.recompute_config:
                 options = _with_recompute(options)
                 logger.info("gradient checkpointing is on: ONNX Runtime recomputes layer by layer")
             rng_state = torch.get_rng_state()
             with upstream.export_scope(options), _quiet_exporter():
-                with _training_flags_kept(module):
+                with _training_flags_kept(module):  # upstream's constructor calls train()
                     self._ort_module = self._construct(options)
                 symbolics.register(options.onnx_opset_version)
                 gradients.register()
@@ -189,10 +254,17 @@ class Engine:
         )
         if not self._is_stochastic:  # a graph without randomness leaves torch's stream alone
             torch.set_rng_state(rng_state)
-        exported = manager._graph_transition_manager._exported_model_info
-        graph_inputs = set(exported.onnx_graph_input_names)
+        graph_inputs = set(
+            manager._graph_transition_manager._exported_model_info.onnx_graph_input_names
+        )
         flattened = manager._flattened_module
         self._buffer_names = tuple(n for n, _ in flattened.named_buffers() if n in graph_inputs)
+        inputs = {name.removeprefix(_MODULE_PREFIX) for name in self._buffer_names}
+        self._constant_buffers = {
+            name: _KnownBuffer.of(buffer)
+            for name, buffer in module.named_buffers()
+            if name not in inputs
+        }
         self.build_s = time.perf_counter() - started
         logger.info("built a training graph for %s in %.1f s", type(module).__name__, self.build_s)
         return outputs
@@ -217,7 +289,7 @@ class Engine:
             session_options.intra_op_num_threads = num_threads
             spinning = options.allow_spinning
             if spinning is None:
-                spinning = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+                spinning = distributed.local_world_size() == 1
             session_options.add_session_config_entry(
                 "session.intra_op.allow_spinning", str(int(spinning))
             )

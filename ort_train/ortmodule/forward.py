@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule.call import CallSchema, describe_call
+from ort_train.ortmodule.call import CallSchema, describe_call, fits_pattern, size_pattern
 from ort_train.ortmodule.engine import Engine
 from ort_train.ortmodule.options import OrtOptions
 
@@ -34,6 +34,7 @@ class OrtForward:
         self.options = options
         self.original = original
         self.engines: dict[Any, Engine] = {}
+        self._num_stale = 0
         self._accepts_use_cache = "use_cache" in inspect.signature(self.original).parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,12 +45,26 @@ class OrtForward:
             kwargs["use_cache"] = False
         schema, tensors = describe_call(args, kwargs)
         parameters = list(module.parameters())
+        if not any(t.requires_grad for t in (*parameters, *tensors)):
+            return self.original(*args, **kwargs)  # there is nothing to train, in eager neither
         key = (
             schema,
             tuple((p.requires_grad, p.dtype, p.shape) for p in parameters),
-            tuple(m.training for m in module.modules()),
+            tuple(_traced_attributes(m) for m in module.modules()),
+            size_pattern(tensors),
         )
+        key = self._key_of_fitting(key, tensors)
         engine = self.engines.get(key)
+        if engine is not None and (changed := engine.changed_constant_buffer()) is not None:
+            del self.engines[key]
+            self._num_stale += 1
+            if self._num_stale >= self.options.max_graphs:
+                raise UnsupportedModelError(
+                    f"non-persistent buffer {changed!r} of {type(module).__name__} is constant in "
+                    f"a graph, and changed {self._num_stale} times (limit max_graphs): register "
+                    "it with persistent=True, which makes it an input"
+                )
+            engine = None
         if engine is None:
             engine = self._new_engine(key, schema)
         try:
@@ -59,7 +74,19 @@ class OrtForward:
                 del self.engines[key]  # a failed build is tried again, not kept half-made
             raise
 
+    def _key_of_fitting(self, key: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+        """The key of a graph that was traced with sizes as general as this call's, or its own."""
+        if key in self.engines:
+            return key
+        *rest, _ = key
+        for known in self.engines:
+            *known_rest, pattern = known
+            if known_rest == rest and fits_pattern(tensors, pattern):
+                return known
+        return key
+
     def _new_engine(self, key: Any, schema: CallSchema) -> Engine:
+        _refuse_half_precision(self.module)
         if len(self.engines) >= self.options.max_graphs:
             raise UnsupportedModelError(
                 f"{len(self.engines)} training graphs were built for "
@@ -79,6 +106,26 @@ class OrtForward:
         if schema.names != last.names:
             return f"the arguments change ({sorted(set(schema.names) ^ set(last.names))})"
         return "the tensors' ranks or dtypes, or what is trained, changes"
+
+
+#: Numbers and switches of modules that a trace makes constant and that users change in training.
+_TRACED_ATTRIBUTES = ("p", "dropout", "attention_dropout", "gradient_checkpointing")
+
+
+def _traced_attributes(module: torch.nn.Module) -> tuple[Any, ...]:
+    attributes = module.__dict__
+    return (module.training, *(attributes.get(name) for name in _TRACED_ATTRIBUTES))
+
+
+def _refuse_half_precision(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        is_half = parameter.dtype in (torch.float16, torch.bfloat16)
+        if is_half and parameter.device.type == "cpu":
+            raise UnsupportedModelError(
+                f"parameter {name!r} of {type(module).__name__} is {parameter.dtype}, and ONNX "
+                "Runtime's CPU kernels compute in fp32 only: load or convert the model to "
+                "torch.float32, or train it with backend='compile' or 'eager'"
+            )
 
 
 def _asks_for_cache(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -85,6 +85,41 @@ def _layer_norm(
     return output
 
 
+@_symbolic("batch_norm")
+def _batch_norm(
+    g: Any,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+    cudnn_enabled: Any,
+) -> Any:
+    """In single steps: in a training graph ONNX Runtime normalizes by the batch, in eval mode too
+    (`bn_replacement.cc` turns every BatchNormalization into BatchNormInternal).
+    """
+    rank = rank_of(input, "batch_norm")
+    per_channel = ints(g, 1, -1, *[1] * (rank - 2))
+    if constant(training, "b", "training") or is_none(mean):
+        axes = [axis for axis in range(rank) if axis != 1]
+        centered = g.op("Sub", input, g.op("ReduceMean", input, axes_i=axes, keepdims_i=1))
+        square = g.op("Mul", centered, centered)
+        variance = g.op("ReduceMean", square, axes_i=axes, keepdims_i=1)
+    else:
+        centered = g.op("Sub", input, g.op("Reshape", mean, per_channel))
+        variance = g.op("Reshape", variance, per_channel)
+    epsilon = scalar(g, constant(eps, "f", "eps"), dtype_of(input))
+    output = g.op("Div", centered, g.op("Sqrt", g.op("Add", variance, epsilon)))
+    if not is_none(weight):
+        output = g.op("Mul", output, g.op("Reshape", weight, per_channel))
+    if not is_none(bias):
+        output = g.op("Add", output, g.op("Reshape", bias, per_channel))
+    return output
+
+
 # --- Convolution
 
 

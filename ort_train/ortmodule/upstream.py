@@ -110,12 +110,17 @@ def _torch_onnx_aliases() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _torchscript_exporter() -> Iterator[None]:
-    """`torch.onnx.export` with `dynamo=False`, the default until torch 2.9."""
+    """`torch.onnx.export` with `dynamo=False`, the default until torch 2.9.
+
+    Upstream exports with TrainingMode.TRAINING, which calls train() on the whole module: a
+    submodule that was put into eval mode would train. PRESERVE traces it as it is.
+    """
     original = torch.onnx.export
 
     @functools.wraps(original)
     def export(*args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("dynamo", False)
+        kwargs["training"] = torch.onnx.TrainingMode.PRESERVE
         return original(*args, **kwargs)
 
     with _attributes(torch.onnx, export=export):
