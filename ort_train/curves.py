@@ -36,7 +36,7 @@ def plot(log_history: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
     steps, it_per_s = series("it_per_s")
     speeds.plot(steps, it_per_s, color="#0072b2")
     speeds.set(xlabel="step", ylabel="iterations per second")
-    speeds.set_ylim(bottom=0)
+    speeds.set_ylim(0, 1.1 * max(it_per_s, default=1.0))
     for axes in (losses, speeds):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
