@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ort_train import toolchain
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule import extensions
 
@@ -33,9 +34,11 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_a_build_is_made_once_and_leaves_nothing_else(builds):
+    assert extensions.cached() is None
     library = extensions.build()
     assert library.read_bytes() == b"machine code"
     assert extensions.build() == library
+    assert extensions.cached() == library.parent
     assert len(builds) == 1
     assert sorted(p.suffix for p in extensions.cache_folder().iterdir() if p.is_file()) == [".lock"]
     assert [p for p in extensions.cache_folder().iterdir() if p.is_dir()] == [library.parent]
@@ -81,8 +84,8 @@ def test_without_a_compiler_the_way_out_is_named(monkeypatch, tmp_path):
 
 def test_without_headers_the_way_out_is_named(monkeypatch, tmp_path):
     paths = {"include": str(tmp_path)}
-    monkeypatch.setattr(extensions, "find_compiler", lambda: ["g++"])
-    monkeypatch.setattr(extensions.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(toolchain, "find_compiler", lambda: ["g++"])
+    monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: paths)
     with pytest.raises(BackendUnavailableError, match=r"apt-get install python3\.\d+-dev"):
         extensions.build()
 
@@ -101,7 +104,7 @@ def test_a_failed_build_shows_the_compilers_errors_and_publishes_nothing(monkeyp
 
 def test_the_compiler_comes_from_the_environment_first(monkeypatch):
     monkeypatch.setenv("CXX", f"{sys.executable} -x c++")
-    assert extensions.find_compiler() == [sys.executable, "-x", "c++"]
+    assert toolchain.find_compiler() == [sys.executable, "-x", "c++"]
 
 
 @pytest.mark.slow

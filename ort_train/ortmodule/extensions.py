@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 from filelock import FileLock
 
 from ort_train.errors import BackendUnavailableError
+from ort_train.toolchain import find_compiler, missing_tool
 
 logger = logging.getLogger(__name__)
 
@@ -118,26 +118,6 @@ _SUBSTITUTIONS = (
     ("c10::optional", "std::optional"),
     ("c10::nullopt", "std::nullopt"),
 )
-
-
-def find_compiler() -> list[str] | None:
-    """The C++ compiler's command ($CXX, else the first found on the PATH), or None."""
-    for candidate in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        command = shlex.split(candidate) if candidate else []
-        if command and shutil.which(command[0]):
-            return command
-    return None
-
-
-def missing_tool() -> str | None:
-    """What a build lacks on this machine, with the command that brings it, or None."""
-    if find_compiler() is None:
-        return "a C++ compiler is needed: apt-get install g++"
-    include = sysconfig.get_paths()["include"]
-    if not (Path(include) / "Python.h").is_file():
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return f"Python's headers are needed in {include}: apt-get install python{version}-dev"
-    return None
 
 
 def cache_folder() -> Path:
@@ -230,6 +210,15 @@ def _compile(compiler: list[str], source: Path, folder: Path) -> None:
             f"{torch.__version__}; another compiler can be named in the variable CXX:\n{report}"
         )
     (folder / _CHECKSUM).write_text(_checksum(folder / _LIBRARY))
+
+
+def cached() -> Path | None:
+    """The folder of the build for what is installed here, or None where there is none."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    folder = cache_folder() / _key(compiler, _source_folder())
+    return folder if _is_whole(folder) else None
 
 
 def build() -> Path:
