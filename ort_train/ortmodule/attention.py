@@ -42,12 +42,12 @@ def scaled_dot_product_attention(
     if constant(enable_gqa, "b", "enable_gqa"):
         key, value = (_repeated_heads(g, tensor, query) for tensor in (key, value))
     if is_none(scale):
-        factor = scalar(g, 1 / math.sqrt(_size(query, -1)), dtype)
+        scale = _default_scale(g, query, dtype)
     else:
-        factor = g.op("Cast", scale, to_i=onnx_type(dtype))
+        scale = g.op("Cast", scale, to_i=onnx_type(dtype))
     rank = _rank(query)
     swapped = [*range(rank - 2), rank - 1, rank - 2]
-    scores = g.op("MatMul", g.op("Mul", query, factor), g.op("Transpose", key, perm_i=swapped))
+    scores = g.op("MatMul", g.op("Mul", query, scale), g.op("Transpose", key, perm_i=swapped))
     if constant(is_causal, "b", "is_causal"):
         if not is_none(attn_mask):
             raise unsupported(_NAME, "both attn_mask and is_causal")
@@ -98,13 +98,26 @@ def _repeated_heads(g: Any, tensor: Any, query: Any) -> Any:
     """Keys or values (batch, heads, length, size) with each head repeated for its group."""
     if _rank(query) != 4:
         raise unsupported(_NAME, "enable_gqa and other than four axes")
-    num_heads, size = _size(tensor, 1), _size(tensor, 3)
-    num_copies = _size(query, 1) // num_heads
-    copies = g.op("Unsqueeze", tensor, ints(g, 2))
-    copies = g.op("Concat", *[copies] * num_copies, axis_i=2) if num_copies > 1 else copies
-    batch = g.op("Slice", g.op("Shape", tensor), ints(g, 0), ints(g, 1))
-    shape = g.op("Concat", batch, ints(g, num_heads * num_copies, -1, size), axis_i=0)
-    return g.op("Reshape", copies, shape)
+
+    def size(of: Any, axis: int) -> Any:
+        return g.op("Slice", g.op("Shape", of), ints(g, axis), ints(g, axis + 1))
+
+    num_copies = g.op("Div", size(query, 1), size(tensor, 1))
+    grouped = [size(tensor, 0), size(tensor, 1), num_copies, size(tensor, 2), size(tensor, 3)]
+    copies = g.op(
+        "Expand", g.op("Unsqueeze", tensor, ints(g, 2)), g.op("Concat", *grouped, axis_i=0)
+    )
+    shape = [size(tensor, 0), size(query, 1), size(tensor, 2), size(tensor, 3)]
+    return g.op("Reshape", copies, g.op("Concat", *shape, axis_i=0))
+
+
+def _default_scale(g: Any, query: Any, dtype: torch.dtype) -> Any:
+    """1 / sqrt(head size)."""
+    sizes = sizes_of(query)
+    if sizes and sizes[-1]:
+        return scalar(g, 1 / math.sqrt(sizes[-1]), dtype)
+    size = g.op("Slice", g.op("Shape", query), ints(g, -1), ints(g, 2**63 - 1))
+    return g.op("Reciprocal", g.op("Sqrt", g.op("Cast", size, to_i=onnx_type(dtype))))
 
 
 def _rank(tensor: Any) -> int:
@@ -112,11 +125,3 @@ def _rank(tensor: Any) -> int:
     if sizes is None:
         raise unsupported(_NAME, "an input of unknown rank")
     return len(sizes)
-
-
-def _size(tensor: Any, axis: int) -> int:
-    sizes = sizes_of(tensor)
-    size = sizes[axis] if sizes else None
-    if size is None:
-        raise unsupported(_NAME, "a head count or size that differs between batches")
-    return size

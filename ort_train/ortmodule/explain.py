@@ -40,7 +40,11 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
     """
     if isinstance(error, OrtTrainError):
         return error
-    text = "\n".join(_messages(error))
+    links = list(_chain(error))
+    ours = next((link for link in links if isinstance(link, OrtTrainError)), None)
+    if ours is not None:  # raised in the midst of an export, and wrapped by upstream
+        return type(ours)(f"{who}: {ours}") if type(ours) is UnsupportedModelError else ours
+    text = "\n".join(map(str, links))
     operator = next((m["op"] for p in _OPERATOR_PATTERNS if (m := p.search(text))), None)
     what = f"operator {operator}: " if operator else ""
     return UnsupportedModelError(
@@ -50,14 +54,16 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
     )
 
 
-def _messages(error: BaseException) -> Iterator[str]:
-    """The messages of an error and of what caused it, innermost last."""
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, what caused it, and what was being handled when it was raised."""
     seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield str(link)
-        link = link.__cause__ or link.__context__
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            yield link
+            links += [link.__cause__, link.__context__]
 
 
 def _summary(error: BaseException, text: str, operator: str | None) -> str:

@@ -120,6 +120,19 @@ def _batch_norm(
     return output
 
 
+@_symbolic("rms_norm")
+def _rms_norm(
+    g: Any, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None
+) -> Any:
+    dtype = dtype_of(input)
+    axes = list(range(-len(constant(normalized_shape, "is", "normalized_shape")), 0))
+    square = g.op("ReduceMean", g.op("Mul", input, input), axes_i=axes, keepdims_i=1)
+    epsilon = torch.finfo(dtype).eps if is_none(eps) else constant(eps, "f", "eps")
+    root = g.op("Sqrt", g.op("Add", square, scalar(g, epsilon, dtype)))
+    output = g.op("Mul", input, g.op("Reciprocal", root))
+    return output if is_none(weight) else g.op("Mul", output, weight)
+
+
 # --- Convolution
 
 
@@ -160,6 +173,25 @@ def _div(g: Any, self: Any, other: Any, *rounding_mode: Any) -> Any:
         divisor = g.op("Cast", other, to_i=onnx_type(dtype_of(self)))
         return g.op("Mul", self, g.op("Reciprocal", divisor))
     return exporter_module("symbolic_opset10").div(g, self, other, *rounding_mode)
+
+
+@_symbolic("softplus")
+def _softplus(g: Any, self: Any, beta: Any = 1, threshold: Any = 20) -> Any:
+    """ONNX Runtime has no gradient of Softplus. Above the threshold both forms are the identity."""
+    dtype = dtype_of(self)
+    scale = scalar(g, float(constant(beta, "f", "beta")), dtype)
+    scaled = g.op("Mul", self, scale)
+    tail = g.op("Exp", g.op("Neg", g.op("Abs", scaled)))
+    log = g.op("Log", g.op("Add", tail, scalar(g, 1, dtype)))
+    return g.op("Div", g.op("Add", g.op("Relu", scaled), log), scale)
+
+
+@_symbolic("expm1")
+def _expm1(g: Any, self: Any) -> Any:
+    """tanh(x/2)·(eˣ + 1), which is as exact near 0 as elsewhere."""
+    dtype = dtype_of(self)
+    half = g.op("Tanh", g.op("Mul", self, scalar(g, 0.5, dtype)))
+    return g.op("Mul", half, g.op("Add", g.op("Exp", self), scalar(g, 1, dtype)))
 
 
 @_symbolic("einsum")

@@ -24,7 +24,7 @@ import torch.onnx.symbolic_opset9
 import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import aten, functions
+from ort_train.ortmodule import aten, functions, tracing
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
 
@@ -121,7 +121,8 @@ def _torchscript_exporter() -> Iterator[None]:
     def export(*args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("dynamo", False)
         kwargs["training"] = torch.onnx.TrainingMode.PRESERVE
-        return original(*args, **kwargs)
+        with tracing.values_kept_out():
+            return original(*args, **kwargs)
 
     with _attributes(torch.onnx, export=export):
         yield
