@@ -21,6 +21,7 @@ from torch.autograd import function as autograd_function
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule import extensions
 
+_ORTMODULE = "onnxruntime.training.ortmodule"
 #: Functions whose backward is the derivative of their forward, written out to save memory or time.
 #: A test compares each with autograd.
 SAFE_TO_INLINE = {
@@ -94,9 +95,10 @@ def as_python_ops() -> Iterator[None]:
         BackendUnavailableError: where the C++ extension can't be built.
     """
     extensions.enable()
-    support: Any = importlib.import_module(
-        "onnxruntime.training.ortmodule._custom_autograd_function"
-    )
+    support: Any = importlib.import_module(f"{_ORTMODULE}._custom_autograd_function")
+    exporter: Any = importlib.import_module(f"{_ORTMODULE}._custom_autograd_function_exporter")
+    # Upstream's own raises at TrainingMode.PRESERVE, which upstream.py exports with.
+    exporter._get_training_mode = lambda: True
     support.enable_custom_autograd_support(True)
     try:
         yield
