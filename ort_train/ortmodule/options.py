@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from ort_train.errors import ConfigError
 LogLevelName = Literal["verbose", "info", "warning", "error", "fatal"]
 _LOG_LEVELS = ("verbose", "info", "warning", "error", "fatal")
 _RECOMPUTE_LEVELS = {"none": 0, "layerwise": 1, "layerwise_compromised": 2}
+_PATHS = ("recompute_config", "triton_config", "tuning_results_path", "save_onnx_path")
 _CONV_SEARCHES = ("heuristic", "exhaustive")
 
 
@@ -88,7 +90,8 @@ class OrtOptions:
     def _problems(self) -> Iterator[str]:
         for name, minimum in (("num_threads", 1), ("max_tuning_duration_ms", 1), ("max_graphs", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < minimum):
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not is_number or value < minimum):
                 yield f"{name}={value!r} must be an integer of at least {minimum}"
         for name, choices in (
             ("recompute", tuple(_RECOMPUTE_LEVELS)),
@@ -101,14 +104,21 @@ class OrtOptions:
             value = getattr(self, field.name)
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 yield f"{field.name}={value!r} must be true or false"
+        if self.allow_spinning is not None and not isinstance(self.allow_spinning, bool):
+            yield f"allow_spinning={self.allow_spinning!r} must be true, false or null"
+        paths = {name: getattr(self, name) for name in _PATHS}
+        for name, path in (*paths.items(), ("onnx_prefix", self.onnx_prefix)):
+            if path is not None and not isinstance(path, str | os.PathLike):
+                yield f"{name}={path!r} must be a string"
+                paths.pop(name, None)
         if self.onnx_opset_version != 17:
             yield (
                 f"onnx_opset_version={self.onnx_opset_version!r}: ORTModule 1.19.2 builds "
                 "gradients for opset 17, the only one tested here; leave it at 17"
             )
-        for name in ("recompute_config", "triton_config", "tuning_results_path"):
-            path = getattr(self, name)
-            if path is not None and name != "tuning_results_path" and not Path(path).is_file():
+        for name in ("recompute_config", "triton_config"):
+            path = paths.get(name)
+            if path is not None and not Path(path).is_file():
                 yield f"{name}={path!r} is not a file"
         if self.recompute_config is not None and self.recompute != "none":
             yield "recompute and recompute_config exclude each other: give one of them"
@@ -129,7 +139,7 @@ class OrtOptions:
                 "set compute_optimizer=true or turn them off"
             )
         if self.save_onnx:
-            folder = Path(self.save_onnx_path or ".")
+            folder = Path(paths.get("save_onnx_path") or ".")
             if not folder.is_dir() or not os.access(folder, os.W_OK):
                 yield f"save_onnx_path={str(folder)!r} is not a writable folder"
             if not self.onnx_prefix:
@@ -138,6 +148,8 @@ class OrtOptions:
             ("triton_config", "triton"),
             ("triton_debug", "triton"),
             ("max_tuning_duration_ms", "tuning"),
+            ("tuning_results_path", "tuning"),
+            ("save_onnx_path", "save_onnx"),
         ):
             if getattr(self, name) and not getattr(self, parent):
                 yield f"{name} is given but {parent} is off: it would be ignored"
@@ -204,6 +216,7 @@ class OrtOptions:
     def environment(self) -> Iterator[None]:
         """Put the options where upstream reads them; the process's variables come back after."""
         saved = {name: value for name, value in os.environ.items() if "ORTMODULE_" in name}
+        _warn_of_unused(saved)
         for name in saved:
             del os.environ[name]
         os.environ.update(self._variables())
@@ -213,6 +226,22 @@ class OrtOptions:
             for name in [name for name in os.environ if "ORTMODULE_" in name]:
                 del os.environ[name]
             os.environ.update(saved)
+
+
+_warned_of: set[str] = set()
+
+
+def _warn_of_unused(names: Iterable[str]) -> None:
+    """Name upstream's variables that the user set, once each: they have no effect here."""
+    new = sorted(set(names) - _warned_of)
+    if new:
+        _warned_of.update(new)
+        warnings.warn(
+            f"{', '.join(new)} set in the environment: ort_train doesn't use upstream's variables; "
+            "give OrtOptions (train.ort in a recipe, ort_options of ORTTrainingArguments) instead",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def parse_options(values: dict[str, Any]) -> OrtOptions:
