@@ -246,7 +246,7 @@ def build() -> Path:
             logger.warning("%s is damaged: it is built anew", folder)
             shutil.rmtree(folder)
         logger.warning(
-            "building ORTModule's extension for torch %s: takes about a minute, once",
+            "building ORTModule's extension for torch %s: takes a minute or two, once",
             torch.__version__,
         )
         started = time.perf_counter()

@@ -10,6 +10,7 @@ backward is known to be the derivative of its forward.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import threading
 from collections.abc import Iterator
@@ -85,6 +86,25 @@ def _is_differentiable(args: tuple[Any, ...]) -> bool:
     )
 
 
+@functools.cache
+def _mend_upstream() -> None:
+    exporter: Any = importlib.import_module(f"{_ORTMODULE}._custom_autograd_function_exporter")
+    # Its own raises at TrainingMode.PRESERVE, which upstream.py exports with.
+    exporter._get_training_mode = lambda: True
+
+    # `mem_efficient_grad_management` pulls the weights through a Function. Its only caller passes
+    # the parameters in place of their device, and a used-up iterator in place of the parameters
+    # (_graph_transition_manager.py, line 682).
+    retrieval: Any = importlib.import_module(f"{_ORTMODULE}._mem_efficient_grad_mgmt")
+    add_retrieval = retrieval.post_processing_enable_mem_efficient_training
+
+    def with_device(model: Any, _: Any, parameters: dict[str, torch.Tensor]) -> Any:
+        device = next(iter(parameters.values())).device
+        return add_retrieval(model, parameters.items(), device)
+
+    retrieval.post_processing_enable_mem_efficient_training = with_device
+
+
 @contextlib.contextmanager
 def as_python_ops() -> Iterator[None]:
     """Every torch.autograd.Function becomes an operator that calls it, forward and backward.
@@ -96,9 +116,7 @@ def as_python_ops() -> Iterator[None]:
     """
     extensions.enable()
     support: Any = importlib.import_module(f"{_ORTMODULE}._custom_autograd_function")
-    exporter: Any = importlib.import_module(f"{_ORTMODULE}._custom_autograd_function_exporter")
-    # Upstream's own raises at TrainingMode.PRESERVE, which upstream.py exports with.
-    exporter._get_training_mode = lambda: True
+    _mend_upstream()
     support.enable_custom_autograd_support(True)
     try:
         yield
