@@ -68,8 +68,45 @@ def publish(staged: Path, final: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def verify(checkpoint: str | Path, model: torch.nn.Module) -> None:
-    """Check that a checkpoint is whole and of this model, before anything is loaded.
+def saved_world_size(checkpoint: Path) -> int | None:
+    """Ranks that wrote a checkpoint, by their random states; None where there are none."""
+    ranks = len(list(checkpoint.glob("rng_state_*.pth")))
+    return ranks or (1 if (checkpoint / "rng_state.pth").is_file() else None)
+
+
+def _check_ranks(checkpoint: Path, world_size: int, with_deepspeed: bool) -> None:
+    """ZeRO's optimizer states are cut to the number of ranks, and only ZeRO can read them."""
+    is_zero = (checkpoint / "latest").is_file()
+    has_optimizer = is_zero or (checkpoint / "optimizer.pt").is_file()
+    if has_optimizer and is_zero != with_deepspeed:
+        saved, now = ("with", "without") if is_zero else ("without", "with")
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} was saved {saved} DeepSpeed and can't be resumed "
+            f"{now} it, as its optimizer states would be lost: resume as it was saved, or start a "
+            "new run from its weights (model.name_or_path)"
+        )
+    if not is_zero:
+        return
+    saved_ranks = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if saved_ranks != world_size:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} holds the optimizer states of {saved_ranks} ranks, "
+            f"and this launch has {world_size}: ZeRO's states don't change hands, so resume with "
+            f"{saved_ranks} ranks, or start a new run from its weights (model.name_or_path)"
+        )
+
+
+def verify(
+    checkpoint: str | Path,
+    model: torch.nn.Module,
+    world_size: int = 1,
+    with_deepspeed: bool = False,
+) -> None:
+    """Check that a checkpoint is whole, of this model and launch, before anything is loaded.
+
+    Args:
+        world_size: ranks that are to resume. Under DistributedDataParallel it may have changed.
+        with_deepspeed: whether DeepSpeed is to resume it.
 
     Raises:
         CheckpointError: naming the file or the first differing tensors.
@@ -95,6 +132,7 @@ def verify(checkpoint: str | Path, model: torch.nn.Module) -> None:
         raise CheckpointError(
             f"{str(state_file)!r} is damaged ({error}): resume from another checkpoint"
         ) from None
+    _check_ranks(checkpoint, world_size, with_deepspeed)
     shapes = dict(_tensor_shapes(checkpoint))
     if shapes:
         _compare(checkpoint, shapes, model)

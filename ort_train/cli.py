@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ort_train import __version__
-from ort_train.errors import OrtTrainError
+from ort_train import __version__, distributed
+from ort_train.errors import ConfigError, OrtTrainError, StoppedBySignal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 1 something was found wrong (doctor, bench), 2 an error in what was
-        asked for, 130 interrupted.
+        asked for, 85 ended by SIGTERM or SIGUSR1 with a checkpoint saved, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(arguments[0] if arguments else "")
@@ -26,10 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return args.run(args)
+    except StoppedBySignal as stopped:
+        if distributed.is_main_process():
+            print(f"ort-train: {stopped}", file=sys.stderr)
+        return stopped.EXIT_CODE
     except OrtTrainError as error:
         if os.environ.get("ORT_TRAIN_TRACEBACK"):
             raise
-        print(f"ort-train: {error}", file=sys.stderr)
+        # The ranks of one machine find the same faults in a config: once is enough.
+        if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"ort-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ort-train: interrupted", file=sys.stderr)

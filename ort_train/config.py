@@ -136,6 +136,10 @@ class TrainConfig(_Section):
     """Samples per data-parallel rank per forward."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro batches per optimizer step."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimizer step over all ranks; accumulation, if 1, follows from it."""
+    deepspeed: str | dict[str, Any] | None = None
+    """zero1, zero2, zero2_offload, the path of a DeepSpeed JSON, or its content."""
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
     epochs: PositiveFloat | None = None

@@ -51,3 +51,14 @@ class BackendUnavailableError(OrtTrainError, RuntimeError):
 
 class NonFiniteLossError(OrtTrainError, ArithmeticError):
     """The training loss became NaN or infinite."""
+
+
+class RankError(OrtTrainError, RuntimeError):
+    """Ranks of a launch that can't meet, or lost one of their number."""
+
+
+class StoppedBySignal(OrtTrainError):
+    """The run was told to end early, and has saved a checkpoint to continue from."""
+
+    #: Of the process; not a code of the shell's, Python's or Slurm's. Job files requeue on it.
+    EXIT_CODE = 85

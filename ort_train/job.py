@@ -50,9 +50,12 @@ def run(config: RunConfig) -> JobResult:
         ConfigError: for settings that contradict one another or this machine, before work starts.
         CheckpointError: where the output folder holds another run, or can't be resumed from.
         NonFiniteLossError: naming what was saved.
+        RankError: where the ranks can't meet, or one of them has died.
+        StoppedBySignal: on all ranks, after the checkpoint that a signal asked for.
     """
     distributed.share_cores()
     check(config)
+    distributed.check_port()
     resume_from = prepare_output(config)
     is_main = distributed.is_main_process()
     out = config.output_dir
@@ -63,6 +66,7 @@ def run(config: RunConfig) -> JobResult:
     from ort_train.adapters import apply_adapter, trainable_summary
     from ort_train.data import load_corpus, make_blocks
     from ort_train.models import load_model, load_tokenizer
+    from ort_train.signals import StopOnSignal
 
     transformers_logging.set_verbosity_error()  # its hints are about code, not about this run
     transformers_logging.disable_progress_bar()  # the job has a bar of its own
@@ -88,10 +92,16 @@ def run(config: RunConfig) -> JobResult:
 
     record = _measure(config) if is_main and config.measure.baselines else None
     trainer = _make_trainer(config, model, tokenizer, train_blocks, eval_blocks, record)
-    _train(trainer, resume_from, out)
-    eval_loss = trainer.evaluate()["eval_loss"]
-    perplexity = math.exp(min(eval_loss, 700.0))  # beyond, exp overflows
-    _save_model(trainer, tokenizer, out)
+    way_out = f"Continue from the last checkpoint in {str(out)!r} with output.resume=auto"
+    with StopOnSignal() as stop, distributed.Roster().watched(way_out):
+        trainer.add_callback(stop)
+        _train(trainer, resume_from, out)
+        if stop.stopped:
+            distributed.leave()
+            raise stop.error(trainer.state)
+        eval_loss = trainer.evaluate()["eval_loss"]
+        perplexity = math.exp(min(eval_loss, 700.0))  # beyond, exp overflows
+        _save_model(trainer, tokenizer, out)
     if is_main:
         _report(config, trainer, record, eval_loss, perplexity)
     distributed.leave()
@@ -104,6 +114,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with all of it.
     """
+    from ort_train import zero
     from ort_train.backends import available
     from ort_train.ortmodule.options import parse_options
 
@@ -123,6 +134,7 @@ def check(config: RunConfig) -> None:
             f"train.ort is given but train.backend is {config.train.backend}: it would be "
             "ignored; remove it or set train.backend=ort"
         )
+    problems += zero.problems_of_recipe(config.train, distributed.world_size())
     if problems:
         raise ConfigError(problems)
 
@@ -254,7 +266,13 @@ def _make_trainer(
         optim=train.optimizer,
         per_device_train_batch_size=train.micro_batch_size,
         per_device_eval_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_accumulation_steps=distributed.accumulation_steps(
+            train.global_batch_size,
+            train.micro_batch_size,
+            train.gradient_accumulation_steps,
+            distributed.world_size(),
+        ),
+        deepspeed=train.deepspeed,
         max_steps=train.max_steps or -1,
         num_train_epochs=train.epochs or 1.0,
         learning_rate=train.learning_rate,

@@ -126,6 +126,7 @@ def _shrink(config: RunConfig) -> dict[str, Any]:
             elif key in _NONE_IS_ALL:
                 values[section][key] = ceiling
     values["train"]["epochs"] = None
+    values["train"]["global_batch_size"] = None  # of the full-sized batches
     return values
 
 

@@ -210,19 +210,40 @@ class ORTTrainer(Trainer):
     # --- checkpoints ---
 
     def _checkpoint_to_resume(self, asked: Any) -> Any:
-        if not asked:
-            return asked
-        if asked is True:
+        wanted = asked is True
+        if wanted:
             found = checkpoints.list_checkpoints(self.args.output_dir)
-            if not found:
-                raise CheckpointError(
-                    f"there is no whole checkpoint in {self.args.output_dir!r} to resume from: "
-                    "train without resume_from_checkpoint, or name another output_dir"
+            asked = str(found[-1]) if found else None
+        self._check_agreement(asked)
+        if wanted and not asked:
+            raise CheckpointError(
+                f"there is no whole checkpoint in {self.args.output_dir!r} to resume from: "
+                "train without resume_from_checkpoint, or name another output_dir"
+            )
+        if asked and self.model is not None:
+            world_size = self.args.world_size
+            checkpoints.verify(asked, self.model, world_size, self.is_deepspeed_enabled)
+            saved = checkpoints.saved_world_size(Path(asked))
+            if saved not in (None, world_size):
+                logger.warning(
+                    "checkpoint %s was saved by %s ranks and is resumed by %s: the samples of the "
+                    "coming steps and their dropout differ from those of the run that saved it",
+                    *(asked, saved, world_size),
                 )
-            asked = str(found[-1])
-        if self.model is not None and not self.is_deepspeed_enabled:
-            checkpoints.verify(asked, self.model)
         return asked
+
+    def _check_agreement(self, checkpoint: str | None) -> None:
+        """All ranks must have found the same, or they would wait for one another forever."""
+        if self.args.world_size == 1 or not torch.distributed.is_initialized():
+            return
+        names: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(names, str(checkpoint or "none"))
+        if len(set(names)) > 1:
+            found = "; ".join(f"rank {number}: {name}" for number, name in enumerate(names))
+            raise CheckpointError(
+                f"the ranks would resume from different checkpoints ({found}): the output folder "
+                "has to be on a disk that all hosts share"
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -245,7 +266,7 @@ class ORTTrainer(Trainer):
             raise
         finally:
             self._staging = False
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # the files of all ranks are there
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             if best and Path(best).parent == staging:

@@ -12,6 +12,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils.generic import ExplicitEnum
 
+from ort_train import distributed, zero
 from ort_train.backends import available
 from ort_train.errors import ConfigError
 
@@ -162,8 +163,36 @@ class _BackendArguments:
         self.make_ort_options() if not self.save_onnx else None
 
 
+def _check_deepspeed(arguments: Any) -> None:
+    """Before transformers reads it: the rest of the program changes with ZeRO-3."""
+    values = zero.resolve(arguments.deepspeed)
+    names = {
+        "micro_batch_size": "per_device_train_batch_size",
+        "precision": "bf16 and fp16: precision",
+        "optimizer": "optim",
+        "lr_scheduler": "lr_scheduler_type",
+    }
+    run = zero.RunSettings(
+        names=names,
+        micro_batch_size=arguments.per_device_train_batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        world_size=distributed.world_size(),
+        precision=arguments.precision,
+        max_grad_norm=arguments.max_grad_norm,
+        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
+        learning_rate=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+    )
+    if problems := zero.check(values, run):
+        raise ConfigError(problems)
+    zero.prepare()
+    arguments.deepspeed = values
+
+
 def _post_init(arguments: Any, parent: type) -> None:
     arguments._translate_older_names()
+    if arguments.deepspeed:
+        _check_deepspeed(arguments)
     if not torch.cuda.is_available():
         # Without use_cpu, accelerate would let the ranks of a CPU machine train side by side.
         arguments.use_cpu = True
