@@ -198,6 +198,7 @@ class Engine:
         info = self._training_manager._graph_transition_manager._post_export_processed_model_info
         if parameter_ids != self._parameter_ids:
             info._buffer_for_ort_runs = None
+            quantized.bind_scales(self._graph_module, self._graph_module.module)
             self._parameter_ids = parameter_ids
         elif self._buffer_names:
             buffers = dict(info._flattened_module.named_buffers())

@@ -1,0 +1,339 @@
+"""4-bit linear layers of bitsandbytes (`Linear4bit`) in an exported graph.
+
+A layer is exported as one node, so that ONNX Runtime keeps nothing of it between forward and
+backward. When the gradient graph stands, every such node and its gradient become two each: one in
+which bitsandbytes' own kernel decodes the packed weight, and a product by ONNX Runtime. No decoded
+weight outlives its product, and the packed ones are inputs of the graph: the module's parameters.
+
+Not taken: `com.microsoft::MatMulBnb4`, which upstream's handler of `MatMul4Bit` emits. It decodes
+twenty times as slowly on a CPU with AVX-512, and its gradient there is wrong: a MatMulBnb4 with
+`transB=0`, an attribute that the CPU kernel ignores (`matmul_bnb4.cc` of 1.19.2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.nodes import aten, constant, sizes_of, typed
+
+_DOMAIN = "org.pytorch.aten"
+_FORWARD = "ort_train::linear_4bit"
+#: Marks in the gradient graph where the gradient of a layer's input is wanted.
+_MARKER = "ort_train::linear_4bit_input_grad"
+_DECODE = "ort_train::dequantize_4bit"
+# As numbers, for an ATen node takes no text.
+_QUANT_TYPES = ("fp4", "nf4")
+
+
+def layers(module: torch.nn.Module) -> list[Any]:
+    """The module's 4-bit linear layers, in order."""
+    if "bitsandbytes" not in sys.modules:  # then it has none
+        return []
+    kind = sys.modules["bitsandbytes"].nn.Linear4bit
+    return [part for part in module.modules() if isinstance(part, kind)]
+
+
+# --- Operators
+
+
+@torch.library.custom_op("ort_train::dequantize_4bit", mutates_args=())
+def dequantize_4bit(
+    like: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    block_size: int,
+    quant_type: int,
+    num_rows: int,
+    num_columns: int,
+    scale: torch.Tensor | None = None,
+    code: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    scale_block_size: int = 0,
+) -> torch.Tensor:
+    """Decodes a packed weight.
+
+    Args:
+        like: what the weight will be multiplied with: gives the type, and the node its place in
+            the order of execution, right before the product.
+        packed: uint8, two weights each, row by row.
+        absmax: scale of each block of weights; with double quantization, uint8 entries of `code`.
+        block_size: weights per block.
+        quant_type: index of its codebook in ("fp4", "nf4").
+        num_rows: output features.
+        num_columns: input features.
+        scale: of each block of `absmax`; this and the following: double quantization only.
+        code: the codebook of `absmax`.
+        offset: added to the decoded `absmax`.
+        scale_block_size: entries of `absmax` per block.
+
+    Returns:
+        (num_rows, num_columns)
+    """
+    kernels = torch.ops.bitsandbytes
+    if scale is not None:
+        absmax = kernels.dequantize_blockwise(absmax, scale, code, scale_block_size, torch.float32)
+        absmax = absmax + offset
+    return kernels.dequantize_4bit(
+        packed.reshape(-1, 1),
+        absmax,
+        block_size,
+        _QUANT_TYPES[quant_type],
+        [num_rows, num_columns],
+        like.dtype,
+    )
+
+
+@torch.library.custom_op("ort_train::linear_4bit", mutates_args=())
+def linear_4bit(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    block_size: int,
+    quant_type: int,
+    num_rows: int,
+    num_columns: int,
+    scale: torch.Tensor | None = None,
+    code: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    scale_block_size: int = 0,
+) -> torch.Tensor:
+    """(..., num_columns) -> (..., num_rows), by the weight that :func:`dequantize_4bit` decodes."""
+    weight = dequantize_4bit(
+        input,
+        packed,
+        absmax,
+        block_size,
+        quant_type,
+        num_rows,
+        num_columns,
+        scale,
+        code,
+        offset,
+        scale_block_size,
+    )
+    return torch.nn.functional.linear(input, weight)
+
+
+def _symbolic(g: Any, input: Any, *settings: Any) -> Any:
+    is_double = sizes_of(settings[6]) is not None
+    output = aten(g, _FORWARD, input, *(settings if is_double else settings[:6]))
+    sizes = sizes_of(input)
+    num_rows = constant(settings[4], "i", "num_rows")
+    return typed(output, input, None if sizes is None else [*sizes[:-1], num_rows])
+
+
+# --- The gradient graph
+
+
+def _operator(node: Any) -> str:
+    """The torch operator that an ONNX node runs, "" for none."""
+    if node.domain != _DOMAIN:
+        return ""
+    return next(a.s.decode() for a in node.attribute if a.name == "operator")
+
+
+def _decode_beside_products(graph: Any) -> None:
+    """Each layer, and each gradient of one, as decoding and product.
+
+    Args:
+        graph: onnx.GraphProto of forward and backward, changed in place.
+
+    Raises:
+        UnsupportedModelError: for a MatMulBnb4, whatever brought it there.
+    """
+    from onnx import TensorProto, helper
+
+    if any(node.op_type == "MatMulBnb4" for node in graph.node):
+        raise UnsupportedModelError(
+            "the graph holds a MatMulBnb4, whose gradient is wrong on CPUs: call "
+            "bitsandbytes.matmul_4bit, or a Linear4bit, in place of MatMul4Bit.apply"
+        )
+    forward = {node.input[1]: node for node in graph.node if _operator(node) == _FORWARD}
+    types = {info.name: info.type.tensor_type.elem_type for info in graph.value_info}
+    nodes = []
+    for node in graph.node:
+        operator = _operator(node)
+        if operator not in (_FORWARD, _MARKER):
+            nodes.append(node)
+            continue
+        factor, packed = node.input[:2]
+        (result,) = node.output
+        weight = f"{result}/weight"
+        layer = forward[packed]
+        # What an ATen node returns, ONNX Runtime can't infer.
+        dtype = types.get(layer.output[0], TensorProto.FLOAT)
+        graph.value_info.append(helper.make_tensor_value_info(weight, dtype, None))
+        nodes.append(
+            helper.make_node(
+                "ATen",
+                [factor, *layer.input[1:]],
+                [weight],
+                name=f"{result}/decode",
+                domain=_DOMAIN,
+                operator=_DECODE,
+                overload_name="",
+            )
+        )
+        nodes.append(
+            helper.make_node(
+                "FusedMatMul",
+                [factor, weight],
+                [result],
+                name=f"{result}/product",
+                domain="com.microsoft",
+                transB=int(operator == _FORWARD),
+            )
+        )
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+@functools.cache
+def _register_gradient() -> None:
+    """With ONNX Runtime, for the life of the process."""
+    package = "onnxruntime.training.ortmodule"
+    registry = importlib.import_module(f"{package}._custom_gradient_registry")
+    optimizers = importlib.import_module(f"{package}.graph_optimizer_registry")
+    native = importlib.import_module("onnxruntime.capi._pybind_state")
+    marker = (
+        ("ATen", _DOMAIN),
+        ["GO(0)", "I(1)"],
+        ["GI(0)"],
+        {"operator": {"value": _MARKER, "dtype": "string"}},
+    )
+    key = f"{_DOMAIN}::ATen::{_FORWARD}::"
+    native.register_gradient_definition(key, registry._to_gradient_definition([marker]))
+    native.register_custom_stop_gradient_edges(key, {1, 2, 7, 8, 9})  # all tensors but the input
+    optimizers.register_graph_optimizer()(_decode_beside_products)
+
+
+# --- The export
+
+
+def bind_scales(holder: torch.nn.Module, module: torch.nn.Module) -> None:
+    """Make the scales of the module's packed weights buffers of `holder`, which is exported.
+
+    They belong to no module, so the exporter would write them into the graph as constants.
+
+    Raises:
+        UnsupportedModelError: where a weight isn't in a state to be trained through.
+    """
+    for index, layer in enumerate(layers(module)):
+        _check(layer)
+        keep_format(layer)
+        state = layer.weight.quant_state
+        tensors = {"absmax": state.absmax}
+        if state.nested:
+            double = {"scale": state.state2.absmax, "code": state.state2.code}
+            tensors |= {**double, "offset": state.offset}
+        for name, tensor in tensors.items():
+            holder.register_buffer(f"layer_{index}_{name}", tensor)
+
+
+def keep_format(layer: Any) -> None:
+    """Keep a Linear4bit's packed weight as it is when the layer is called in eval mode.
+
+    On CPUs with AVX-512 BF16 such a call repacks it for inference, in place and with loss, and
+    training goes on without its gradients (bitsandbytes 0.49 to 0.50, `Linear4bit.forward`).
+    """
+    layer.support_avx512bf16_for_cpu = False
+
+
+def is_misread(layer: Any) -> bool:
+    """Whether bitsandbytes decodes a Linear4bit's weight wrongly, in eager training, too.
+
+    Its CPU kernel for AVX-512 (`cdequantize_blockwise_cpu_*` of 0.50.2) takes each row to begin a
+    block of scales, which doesn't hold where the block size doesn't divide the number of columns.
+    """
+    state = layer.weight.quant_state
+    if layer.weight.device.type != "cpu" or layer.in_features % state.blocksize == 0:
+        return False
+    functional = importlib.import_module("bitsandbytes.functional")
+    weight = functional.dequantize_4bit(layer.weight.data, state).flatten()
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    num_whole = weight.numel() // state.blocksize
+    blocks = torch.ops.bitsandbytes.dequantize_4bit(
+        layer.weight.data.flatten()[: num_whole * state.blocksize // 2].reshape(-1, 1),
+        absmax[:num_whole],
+        state.blocksize,
+        state.quant_type,
+        [num_whole, state.blocksize],
+        state.dtype,
+    )
+    return not torch.equal(weight[: blocks.numel()], blocks.flatten())
+
+
+def _check(layer: Any) -> None:
+    weight = layer.weight
+    problem = None
+    if getattr(weight, "quant_state", None) is None:
+        problem = "is not quantized yet: move the model to its device first"
+    elif getattr(weight.quant_state, "packing_format_for_cpu", False):
+        problem = (
+            "was repacked for inference by a call in eval mode, which can't be undone without "
+            "loss: load the model anew, and set support_avx512bf16_for_cpu=False on its Linear4bit "
+            "layers before the first such call"
+        )
+    elif weight.dtype != torch.uint8:
+        problem = f"is stored as {weight.dtype}: quantize with bnb_4bit_quant_storage=torch.uint8"
+    elif is_misread(layer):
+        problem = (
+            f"has {layer.in_features} columns, no multiple of the block size "
+            f"{weight.quant_state.blocksize}: bitsandbytes decodes it wrongly on this CPU; leave "
+            "the layer unquantized, or train on a GPU"
+        )
+    if problem:
+        raise UnsupportedModelError(
+            f"backend 'ort' can't train through a Linear4bit whose weight {problem}"
+        )
+
+
+def _matmul_4bit(
+    A: torch.Tensor,  # bitsandbytes' names
+    B: torch.Tensor,
+    quant_state: Any,
+    out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In place of `bitsandbytes.matmul_4bit`, which traces to an operator that ONNX lacks."""
+    if A.dtype != torch.float32 and A.device.type == "cpu":
+        raise UnsupportedModelError(
+            f"a Linear4bit computes in {A.dtype}, and ONNX Runtime's CPU kernels in fp32 only: "
+            "quantize with bnb_4bit_compute_dtype=torch.float32 (adapter.compute_dtype=float32), "
+            "or train with backend='eager'"
+        )
+    settings = (quant_state.blocksize, _QUANT_TYPES.index(quant_state.quant_type))
+    double: tuple[Any, ...] = ()
+    if quant_state.nested:
+        nested = quant_state.state2
+        double = (nested.absmax, nested.code, quant_state.offset, nested.blocksize)
+    absmax, shape = quant_state.absmax, quant_state.shape
+    output = torch.ops.ort_train.linear_4bit(A, B, absmax, *settings, *shape, *double)
+    return output if bias is None else output + bias
+
+
+@contextlib.contextmanager
+def export_scope(module: torch.nn.Module, opset: int) -> Iterator[None]:
+    """What the export of 4-bit layers needs; bitsandbytes itself is as before at the end."""
+    if not layers(module):
+        yield
+        return
+    bitsandbytes: Any = sys.modules["bitsandbytes"]
+    _register_gradient()
+    torch.onnx.register_custom_op_symbolic(_FORWARD, _symbolic, opset)
+    original: Callable[..., torch.Tensor] = bitsandbytes.matmul_4bit
+    bitsandbytes.matmul_4bit = _matmul_4bit
+    try:
+        yield
+    finally:
+        bitsandbytes.matmul_4bit = original
