@@ -102,12 +102,14 @@ def _repeated_heads(g: Any, tensor: Any, query: Any) -> Any:
     def size(of: Any, axis: int) -> Any:
         return g.op("Slice", g.op("Shape", of), ints(g, axis), ints(g, axis + 1))
 
-    num_copies = g.op("Div", size(query, 1), size(tensor, 1))
-    grouped = [size(tensor, 0), size(tensor, 1), num_copies, size(tensor, 2), size(tensor, 3)]
-    copies = g.op(
-        "Expand", g.op("Unsqueeze", tensor, ints(g, 2)), g.op("Concat", *grouped, axis_i=0)
-    )
-    shape = [size(tensor, 0), size(query, 1), size(tensor, 2), size(tensor, 3)]
+    num_heads, num_key_heads = ((sizes_of(each) or [None, None])[1] for each in (query, tensor))
+    if num_heads is None or num_key_heads is None:
+        raise unsupported(_NAME, "enable_gqa and a number of heads that differs between batches")
+    copies = g.op("Unsqueeze", tensor, ints(g, 2))
+    num_copies = num_heads // num_key_heads
+    if num_copies > 1:
+        copies = g.op("Concat", *[copies] * num_copies, axis_i=2)
+    shape = [size(tensor, 0), ints(g, num_heads), size(tensor, 2), size(tensor, 3)]
     return g.op("Reshape", copies, g.op("Concat", *shape, axis_i=0))
 
 

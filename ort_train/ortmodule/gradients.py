@@ -2,19 +2,17 @@
 
 A registered gradient is a list of nodes in which `GO(i)` is the gradient of output i, `I(i)` is
 the forward node's input and `GI(i)` the gradient of input i (`_custom_gradient_registry.py` of
-onnxruntime-training 1.19.2). Where an input needs no gradient (a frozen weight, the images), ONNX
-Runtime leaves the name of that output empty, and its ATen kernel then fails with `invalid index
--1`. So each operator's gradient is registered as one node with an output per input, and split
-into one node per wanted gradient when the graph is built.
+onnxruntime-training 1.19.2). Each operator's gradient is registered as one node with an output per
+input, which becomes one node per wanted gradient in the finished graph (graph.py).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ort_train.ortmodule import operators  # noqa: F401  # the operators of the gradients
+from ort_train.ortmodule import graph, operators  # noqa: F401  # the gradients' operators
 
 _DOMAIN = "org.pytorch.aten"
 
@@ -46,44 +44,22 @@ _GRADIENTS = {
 _STOPPED = {"ort_train::grouped_linear": {2}, "histc": {0}}
 
 
-def _split_gradients(graph: Any) -> None:
-    """One node per wanted gradient; `graph` is an onnx.GraphProto, changed in place."""
-    nodes = []
-    for node in graph.node:
-        operator = next((a.s.decode() for a in node.attribute if a.name == "operator"), "")
-        backward = operator.split("|") if node.domain == _DOMAIN else [operator]
-        if len(backward) == 1:
-            nodes.append(node)
-            continue
-        for name, output in zip(backward, node.output, strict=False):
-            if output:
-                part = type(node)()
-                part.CopyFrom(node)
-                part.name = f"{node.name}/{name}"
-                next(a for a in part.attribute if a.name == "operator").s = name.encode()
-                part.output[:] = [output]
-                nodes.append(part)
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
 @functools.cache
 def register() -> None:
     """Register all of them with ONNX Runtime, for the life of the process."""
     package = "onnxruntime.training.ortmodule"
     registry = importlib.import_module(f"{package}._custom_gradient_registry")
-    optimizers = importlib.import_module(f"{package}.graph_optimizer_registry")
     native = importlib.import_module("onnxruntime.capi._pybind_state")
     for operator, gradient in _GRADIENTS.items():
         node = (
             ("ATen", _DOMAIN),
             ["GO(0)", *(f"I({i})" for i in gradient.arguments)],
             [f"GI({i})" for i in range(len(gradient.backward))],
-            {"operator": {"value": "|".join(gradient.backward), "dtype": "string"}},
+            {"operator": {"value": graph.SEPARATOR.join(gradient.backward), "dtype": "string"}},
         )
         key = f"{_DOMAIN}::ATen::{operator}::"
         native.register_gradient_definition(key, registry._to_gradient_definition([node]))
     for operator, inputs in _STOPPED.items():
         key = f"{_DOMAIN}::ATen::{operator}::"
         native.register_custom_stop_gradient_edges(key, inputs)
-    optimizers.register_graph_optimizer()(_split_gradients)
+    graph.register()

@@ -166,7 +166,8 @@ def _convolution(
 @_symbolic("div")
 def _div(g: Any, self: Any, other: Any, *rounding_mode: Any) -> Any:
     """Divided by a scalar: as a product, because ONNX Runtime fuses sums of such quotients into
-    ScaledSum (`scaled_sum_fusion.cc`), which has no kernel on the CPU.
+    ScaledSum (`scaled_sum_fusion.cc`), which has no kernel on the CPU, and gives all their outputs
+    one name.
     """
     is_quotient = all(map(is_none, rounding_mode)) and dtype_of(self).is_floating_point
     if is_quotient and sizes_of(other) == [] and sizes_of(self) != []:
@@ -179,11 +180,12 @@ def _div(g: Any, self: Any, other: Any, *rounding_mode: Any) -> Any:
 def _softplus(g: Any, self: Any, beta: Any = 1, threshold: Any = 20) -> Any:
     """ONNX Runtime has no gradient of Softplus. Above the threshold both forms are the identity."""
     dtype = dtype_of(self)
-    scale = scalar(g, float(constant(beta, "f", "beta")), dtype)
-    scaled = g.op("Mul", self, scale)
+    factor = float(constant(beta, "f", "beta"))
+    scaled = g.op("Mul", self, scalar(g, factor, dtype))
     tail = g.op("Exp", g.op("Neg", g.op("Abs", scaled)))
     log = g.op("Log", g.op("Add", tail, scalar(g, 1, dtype)))
-    return g.op("Div", g.op("Add", g.op("Relu", scaled), log), scale)
+    result = g.op("Add", g.op("Relu", scaled), log)
+    return result if factor == 1 else g.op("Mul", result, scalar(g, 1 / factor, dtype))
 
 
 @_symbolic("expm1")

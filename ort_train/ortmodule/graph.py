@@ -1,0 +1,51 @@
+"""Mending a training graph after ONNX Runtime has built its gradients, before it is run."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+_ATEN_DOMAIN = "org.pytorch.aten"
+#: Between the operators of one gradient node, each of which computes one of its outputs.
+SEPARATOR = "|"
+
+
+def _attribute(node: Any, name: str) -> Any:
+    return next((a for a in node.attribute if a.name == name), None)
+
+
+def split_gradients(graph: Any) -> None:
+    """A node for each wanted output of a gradient that names several operators.
+
+    `graph` is an onnx.GraphProto, changed in place.
+
+    Where an input needs no gradient (a frozen weight, the images), ONNX Runtime leaves the name of
+    that output empty (`gradient_builder.cc`, GetExternalGradient), and its ATen kernel then fails
+    with `invalid index -1`.
+    """
+
+    nodes = []
+    for node in graph.node:
+        operator = _attribute(node, "operator") if node.domain == _ATEN_DOMAIN else None
+        names = operator.s.decode().split(SEPARATOR) if operator is not None else []
+        if len(names) < 2:
+            nodes.append(node)
+            continue
+        for name, output in zip(names, node.output, strict=False):
+            if output:
+                part = type(node)()
+                part.CopyFrom(node)
+                part.name = f"{node.name}/{name}"
+                part.output[:] = [output]
+                _attribute(part, "operator").s = name.encode()
+                nodes.append(part)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+@functools.cache
+def register() -> None:
+    """Have ORTModule apply it by its own hook, for the life of the process."""
+    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
+    registry.register_graph_optimizer()(split_gradients)

@@ -1,0 +1,289 @@
+"""Single operators: gradients as eager's, for sizes other than the exported ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ort_train import OrtOptions, wrap
+from ort_train.errors import UnsupportedModelError
+
+OPTIONS = OrtOptions(num_threads=1)
+# Sums of some hundred fp32 terms of order 1, added in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Lambda(torch.nn.Module):
+    """A function of x after a linear layer, so that there is a gradient to compare."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], width: int = 8):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, width)
+        self.function = function
+
+    def forward(self, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        return self.function(self.linear(x), *more)
+
+
+def assert_as_eager(module: torch.nn.Module, *calls: tuple[torch.Tensor, ...]) -> None:
+    """Outputs and gradients of wrapped and eager module agree; the first call is exported."""
+    ours = wrap(copy.deepcopy(module), "ort", options=OPTIONS)
+    for inputs in calls:
+        results = []
+        for trained in (module, ours):
+            trained.zero_grad()
+            output = trained(*inputs)
+            weights = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+            (output * weights).sum().backward()
+            results.append([output.detach(), *(p.grad for p in trained.parameters())])
+        expected, found = results
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def batches(*shapes: tuple[int, ...]) -> list[tuple[torch.Tensor]]:
+    torch.manual_seed(0)
+    return [(torch.randn(shape),) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: F.layer_norm(x, (8,)), id="layer_norm without weight and bias"),
+        pytest.param(lambda x: F.rms_norm(x, (8,)), id="rms_norm"),
+        pytest.param(lambda x: F.softplus(x) + F.softplus(x, beta=2), id="softplus"),
+        pytest.param(lambda x: torch.expm1(x * 1e-3) * 1e3, id="expm1 near 0"),
+        pytest.param(lambda x: x.repeat_interleave(3, dim=1), id="repeat_interleave of rows"),
+        pytest.param(lambda x: x.repeat_interleave(2, dim=-1), id="repeat_interleave of columns"),
+        pytest.param(lambda x: x.repeat_interleave(2), id="repeat_interleave flattened"),
+        pytest.param(lambda x: x.diff(dim=1), id="diff"),
+        pytest.param(lambda x: x / 3 + x.sin() / 3, id="sum of equal quotients"),
+        pytest.param(lambda x: x / 3 + x.sin() / 7 + x.cos() / 9, id="sum of quotients"),
+        pytest.param(
+            lambda x: torch.einsum("...ld,...md->...lm", x, x), id="einsum with an ellipsis"
+        ),
+        pytest.param(lambda x: x * (x > 0).cumsum(1), id="cumsum of booleans"),
+        pytest.param(
+            lambda x: torch.cat([part * part.shape[1] for part in x.chunk(3, dim=-1)], -1),
+            id="chunk of unequal parts",
+        ),
+        pytest.param(
+            lambda x: torch.where(x.detach()[:, :1] > 0, x.mean(0, keepdim=True), x),
+            id="where that broadcasts",
+        ),
+    ],
+)
+def test_operator(function):
+    assert_as_eager(Lambda(function), *batches((2, 5, 8), (3, 7, 8), (1, 4, 8)))
+
+
+def test_sizes_of_chunks_are_not_frozen():
+    """Upstream's chunks kept the exported batch's shape as their type."""
+
+    def mean_over_rows(x: torch.Tensor) -> torch.Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return left * right / left.shape[1]
+
+    assert_as_eager(Lambda(mean_over_rows), *batches((2, 5, 8), (3, 7, 8)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(torch.nn.Conv1d(4, 6, 3, stride=2, padding=1), id="1d"),
+        pytest.param(torch.nn.Conv1d(4, 8, 3, groups=4), id="1d depthwise"),
+        pytest.param(torch.nn.Conv2d(4, 6, 3, dilation=2, groups=2, bias=False), id="2d grouped"),
+        pytest.param(
+            torch.nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), id="transposed"
+        ),
+    ],
+)
+@pytest.mark.parametrize("trained", ["both", "weight", "input"])
+def test_convolution(layer, trained):
+    """Where input or weight needs no gradient, ONNX Runtime leaves out an output of a node."""
+    num_axes = layer.weight.dim()
+    before = torch.nn.Parameter(torch.randn(1, 4, *[1] * (num_axes - 2)))
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = copy.deepcopy(layer)
+            self.before = copy.deepcopy(before)
+
+        def forward(self, x):
+            return self.layer(x * self.before)
+
+    module = Scaled()
+    module.before.requires_grad_(trained != "weight")
+    module.layer.weight.requires_grad_(trained != "input")
+    assert_as_eager(module, *batches((2, 4, *[9] * (num_axes - 2)), (3, 4, *[12] * (num_axes - 2))))
+
+
+# --- Attention
+
+
+def masks(kind: str, batch: int, length: int) -> torch.Tensor | None:
+    visible = torch.ones(length, length, dtype=torch.bool).tril().repeat(batch, 1, 1, 1)
+    visible[0, :, :3] = False  # queries that see nothing, as under left padding
+    if kind == "bool":
+        return visible
+    if kind == "-inf":
+        return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    return torch.randn(visible.shape)
+
+
+def attention(heads: int = 4, key_heads: int = 4, **settings: Any) -> torch.nn.Module:
+    def attend(x: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        query = x.view(batch, length, heads, -1).transpose(1, 2)
+        shared = query[:, :key_heads]
+        return F.scaled_dot_product_attention(
+            query, shared.sin(), shared.cos(), *mask, **settings
+        ).transpose(1, 2)
+
+    return Lambda(attend, width=16)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "-inf"])
+def test_attention_with_a_mask(kind):
+    torch.manual_seed(0)
+    calls = [(torch.randn(b, n, 16), masks(kind, b, n)) for b, n in ((2, 5), (3, 7), (1, 6))]
+    assert_as_eager(attention(), *calls)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"enable_gqa": True, "key_heads": 2},
+        {"is_causal": True, "enable_gqa": True, "key_heads": 1},
+    ],
+    ids=str,
+)
+def test_attention_without_a_mask(settings):
+    assert_as_eager(attention(**settings), *batches((2, 5, 16), (3, 7, 16), (1, 1, 16)))
+
+
+def test_attention_with_a_learned_bias():
+    class Biased(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.randn(1, 2, 6, 6))
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x, self.bias)
+
+    assert_as_eager(Biased(), *batches((2, 2, 6, 4), (3, 2, 6, 4)))
+
+
+def test_attention_dropout_drops_and_keeps_the_mean():
+    rate, keys = 0.25, 64
+
+    class Weights(torch.nn.Module):
+        """Dropped attention weights: the values are the unit matrix."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            unit = torch.eye(keys).expand(x.shape[0], 1, keys, keys)
+            return F.scaled_dot_product_attention(x * self.scale, x, unit, dropout_p=rate)
+
+    module = wrap(Weights(), "ort", options=OPTIONS)
+    x = torch.randn(8, 1, keys, 4)
+    torch.manual_seed(0)
+    weights, again = (module(x).detach() * keys for _ in range(2))  # all equal before dropout
+    dropped = weights == 0
+    # 32768 draws: four standard deviations of the share of zeros are 0.01.
+    assert dropped.float().mean().item() == pytest.approx(rate, abs=0.01)
+    torch.testing.assert_close(weights[~dropped], torch.full_like(weights[~dropped], 4 / 3))
+    assert weights.mean().item() == pytest.approx(1, abs=0.02)
+    # The variance of a Bernoulli variable scaled to mean 1 is rate / (1 - rate).
+    assert weights.var().item() == pytest.approx(rate / (1 - rate), rel=0.05)
+    assert not torch.equal(weights, again)
+    torch.manual_seed(0)
+    torch.testing.assert_close(module(x).detach() * keys, weights)
+
+
+def test_attention_dropout_has_the_gradient_of_what_it_kept():
+    """With the values' gradient: the same mask has to serve both passes."""
+
+    class Values(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = torch.nn.Parameter(torch.randn(1, 1, 16, 4))
+
+        def forward(self, x):
+            values = self.values.expand(x.shape[0], 1, 16, 4)
+            return F.scaled_dot_product_attention(x, x, values, dropout_p=0.5)
+
+    module = wrap(Values(), "ort", options=OPTIONS)
+    output = module(torch.randn(2, 1, 16, 4))
+    output.sum().backward()
+    # The output is linear in the values, so it is the gradient's product with them.
+    product = (module.values * module.values.grad).sum()
+    torch.testing.assert_close(product, output.sum(), rtol=1e-4, atol=1e-4)
+
+
+# --- What must be refused
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: x * 2 if x.sum() > 0 else x, id="branch"),
+        pytest.param(lambda x: x * x.max().item(), id="item"),
+        pytest.param(lambda x: x * len((x > 0).nonzero()), id="count"),
+        pytest.param(lambda x: x[:, : int(x.argmax())], id="slice"),
+        pytest.param(lambda x: x * x.sum(0).argmax().tolist(), id="tolist"),
+    ],
+)
+def test_numbers_of_the_batch_are_refused(function):
+    module = wrap(Lambda(function), "ort", options=OPTIONS)
+    with pytest.raises(UnsupportedModelError, match=r"test_symbolics\.py:\d+ .*Python number"):
+        module(torch.randn(3, 8))
+    assert torch.tensor(2.0).item() == 2.0  # the guard is taken back
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: x * 2 if x.shape[0] > 1 else x * 2.0, id="comparison of sizes"),
+        pytest.param(lambda x: x[x > 0], id="selection"),
+        pytest.param(lambda x: x.view(x.shape[0] * 2, -1), id="view"),
+    ],
+)
+def test_sizes_and_selections_are_not_refused(function):
+    assert_as_eager(Lambda(function), *batches((2, 8), (3, 8)))
+
+
+def test_loops_over_rows_fail_on_other_numbers_of_rows():
+    module = wrap(Lambda(lambda x: sum(row.sum() for row in x)), "ort", options=OPTIONS)
+    module(torch.randn(3, 8)).backward()
+    with pytest.raises(UnsupportedModelError, match=r"forward pass: operator Split"):
+        module(torch.randn(5, 8))
+
+
+def test_missing_operator_is_named_with_the_way_out():
+    module = wrap(Lambda(lambda x: torch.i0(x)), "ort", options=OPTIONS)
+    with pytest.raises(UnsupportedModelError) as raised:
+        module(torch.randn(3, 8))
+    message = str(raised.value)
+    assert message.startswith("backend 'ort' can't train Lambda: operator aten::i0: ")
+    assert "backend='compile'" in message
+    assert "symbolics.py" in message
+    assert "\n" not in message
+    assert raised.value.__cause__ is not None
+
+
+def test_missing_gradient_is_named():
+    module = wrap(Lambda(lambda x: x.unfold(1, 2, 2).amax(0).fmod(2)), "ort", options=OPTIONS)
+    with pytest.raises(UnsupportedModelError, match=r"operator \w+: .*[Gg]radient"):
+        module(torch.randn(3, 8)).sum().backward()
