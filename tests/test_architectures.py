@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import architectures
 import pytest
 import torch
+from architectures import ARCHITECTURES, KNOWN_UNSUPPORTED, Architecture, make_batch
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
-from tests import architectures
-from tests.architectures import ARCHITECTURES, KNOWN_UNSUPPORTED, Architecture, make_batch
 
 OPTIONS = OrtOptions(num_threads=1)
 # fp32, of losses around 5: the seventh digit.
