@@ -68,11 +68,11 @@ inline torch::autograd::PyNode* as_py_node(torch::autograd::Node* node) {
              ? static_cast<torch::autograd::PyNode*>(node)
              : nullptr;
 }
-// PyNode::obj became PyNode::pyobj() in torch 2.13.
+// PyNode::obj is pyobj() in newer torch (2.13). Older ones inherit a pyobj() that is null here.
 template <class N>
-auto node_object(N* node, int) -> decltype(node->pyobj()) { return node->pyobj(); }
+auto node_object(N* node, int) -> decltype(node->obj) { return node->obj; }
 template <class N>
-auto node_object(N* node, long) -> decltype(node->obj) { return node->obj; }
+auto node_object(N* node, long) -> decltype(node->pyobj()) { return node->pyobj(); }
 // THPFunction::cdata was a weak_ptr and is an owner in newer torch.
 template <class C>
 auto owner(C& cdata, int) -> decltype(cdata.lock()) { return cdata.lock(); }
