@@ -14,7 +14,14 @@ import torch
 
 from ort_train import distributed
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule import cuda, gradients, symbolics, transformers_compat, upstream
+from ort_train.ortmodule import (
+    cuda,
+    gradients,
+    quantized,
+    symbolics,
+    transformers_compat,
+    upstream,
+)
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
@@ -46,6 +53,7 @@ class _GraphModule(torch.nn.Module):
         self._schema = schema
         self.result_schema: ResultSchema | None = None
         self.__signature__ = None
+        quantized.bind_scales(self, module)
 
     def forward(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._schema.rebuild(tuple(tensors[name] for name in self._schema.names))
@@ -190,6 +198,7 @@ class Engine:
         info = self._training_manager._graph_transition_manager._post_export_processed_model_info
         if parameter_ids != self._parameter_ids:
             info._buffer_for_ort_runs = None
+            quantized.bind_scales(self._graph_module, self._graph_module.module)
             self._parameter_ids = parameter_ids
         elif self._buffer_names:
             buffers = dict(info._flattened_module.named_buffers())
@@ -219,7 +228,11 @@ class Engine:
     def _seed() -> None:
         """ONNX Runtime's generator follows torch's, so a restored RNG state restores dropout."""
         onnxruntime = importlib.import_module("onnxruntime")
-        onnxruntime.set_seed(int(torch.randint(2**31 - 1, (), device="cpu")))
+        onnxruntime.set_seed(Engine._draw_seed())
+
+    @staticmethod
+    def _draw_seed() -> int:
+        return int(torch.randint(2**31 - 1, (), device="cpu"))
 
     @property
     def _training_manager(self) -> Any:
@@ -241,10 +254,15 @@ class Engine:
                 gradients.register()
                 self._seed()
                 try:
-                    with _buffers_kept(module), transformers_compat.export_scope(module):
+                    with (
+                        _buffers_kept(module),
+                        transformers_compat.export_scope(module),
+                        quantized.export_scope(module, options.onnx_opset_version),
+                    ):
                         outputs = self._ort_module(**named)
                 except Exception as error:
                     self._ort_module = None
+                    torch.set_rng_state(rng_state)
                     who = f"backend 'ort' can't train {type(module).__name__}"
                     raise explained(error, who) from error
         manager = self._training_manager
@@ -252,8 +270,10 @@ class Engine:
             node.op_type in _STOCHASTIC_OPERATORS
             for node in manager._onnx_models.optimized_model.graph.node
         )
-        if not self._is_stochastic:  # a graph without randomness leaves torch's stream alone
-            torch.set_rng_state(rng_state)
+        # A graph without randomness leaves torch's stream alone, another draws one number a step.
+        torch.set_rng_state(rng_state)
+        if self._is_stochastic:
+            self._draw_seed()
         graph_inputs = set(
             manager._graph_transition_manager._exported_model_info.onnx_graph_input_names
         )
@@ -287,6 +307,9 @@ class Engine:
             session_options, *rest = session_config()
             num_threads = options.num_threads or default_num_threads()
             session_options.intra_op_num_threads = num_threads
+            # Upstream passes its own scale, whose "fatal" is beyond ONNX Runtime's
+            # (`_graph_execution_manager.py`, `_get_session_config`).
+            session_options.log_severity_level = min(session_options.log_severity_level, 4)
             spinning = options.allow_spinning
             if spinning is None:
                 spinning = distributed.local_world_size() == 1

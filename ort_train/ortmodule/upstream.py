@@ -267,7 +267,10 @@ def load() -> types.ModuleType:
         ):
             # The CUDA wheel says on every CPU machine that it finds no CUDA runtime.
             warnings.filterwarnings("ignore", message=".*cudart_version")
+            warnings.filterwarnings("ignore", message="DeepSpeed import error")  # it is hidden
             ortmodule: Any = importlib.import_module("onnxruntime.training.ortmodule")
+            # Imported by the first export otherwise, and DeepSpeed with it.
+            importlib.import_module("onnxruntime.training.utils.hooks")
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(
             f"backend 'ort' can't run here: importing ORTModule failed with {error}; "
