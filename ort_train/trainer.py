@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
-from ort_train import checkpoints
+from ort_train import batches, checkpoints
 from ort_train.backends import runner_factory
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
@@ -82,6 +83,7 @@ class ORTTrainer(Trainer):
                 raise ConfigError("tokenizer is the older name of processing_class: give only one")
             kwargs["processing_class"] = tokenizer
         # Optimum's positional order has the tokenizer where Trainer has processing_class.
+        positional, kwargs = _without_optimums_order(positional, kwargs)
         super().__init__(model, args, *positional, **kwargs)
         if args.use_module_with_loss and type(self).compute_loss is not ORTTrainer.compute_loss:
             raise ConfigError(
@@ -91,7 +93,17 @@ class ORTTrainer(Trainer):
         self.speed = SpeedCallback()
         self.add_callback(self.speed)
         self._stand_in: TrainingForward | None = None
-        self._micro_step = 0
+        self._num_micro_batches = 0
+        self._micro_batch_of_step, self._step_seen = 0, -1
+
+    @property
+    def tokenizer(self) -> Any:
+        """Older name of `processing_class`."""
+        return self.processing_class
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.processing_class = tokenizer
 
     # --- the backend ---
 
@@ -117,6 +129,7 @@ class ORTTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
         resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._num_micro_batches, self._step_seen = 0, -1
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -153,13 +166,23 @@ class ORTTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As Trainer.training_step; stops on a loss that isn't finite, before it does harm."""
         self.speed.add_tokens(self._num_tokens(inputs))
+        self._num_micro_batches += 1
+        if self.state.global_step != self._step_seen:
+            self._micro_batch_of_step, self._step_seen = 0, self.state.global_step
+        self._micro_batch_of_step += 1
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._micro_step += 1
         # fp16 overflows now and then, and its gradient scaler skips such steps.
         arguments: Any = self.args
         if arguments.precision != "fp16" and not torch.isfinite(loss).all():
             raise NonFiniteLossError(self._non_finite_report(loss))
         return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As Trainer's; ids that the model has no row for are named before a graph reads them."""
+        prepared = super()._prepare_inputs(inputs)
+        if self.model is not None and isinstance(prepared, Mapping):
+            batches.check_ids(self.model, prepared)
+        return prepared
 
     def _num_tokens(self, inputs: dict[str, Any]) -> int:
         name = getattr(self.model, "main_input_name", "input_ids")
@@ -174,8 +197,9 @@ class ORTTrainer(Trainer):
         accumulation = self.args.gradient_accumulation_steps
         return (
             f"loss is {loss.item()} at step {self.state.global_step + 1} (micro-batch "
-            f"{self._micro_step} of this training, {accumulation} a step): the step was not "
-            f"applied, the weights are those after step {self.state.global_step}, and {last}. "
+            f"{self._micro_batch_of_step} of {accumulation}, number {self._num_micro_batches} of "
+            "this training): the step was not applied, the weights are those after step "
+            f"{self.state.global_step}, and {last}. "
             "Lower learning_rate, raise warmup_steps, set max_grad_norm, or look at that batch"
         )
 
@@ -293,6 +317,33 @@ class ORTTrainer(Trainer):
 
 class ORTSeq2SeqTrainer(ORTTrainer, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer (generation in evaluation) with the backend of ORTTrainer."""
+
+
+def _without_optimums_order(
+    positional: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Name what stands behind `model_init`, where it stands in Optimum's order.
+
+    Optimum (v1.16 to 1.27) has compute_metrics, callbacks, optimizers there, Trainer has
+    compute_loss_func, compute_metrics, callbacks, optimizers.
+    """
+    first, rest = positional[:5], positional[5:]
+    names = ("compute_metrics", "callbacks", "optimizers", "preprocess_logits_for_metrics")
+    if len(rest) > 1:
+        is_optimums = isinstance(rest[1], list) or (len(rest) > 2 and isinstance(rest[2], tuple))
+    else:
+        is_optimums = bool(rest) and rest[0] is not None and _num_required(rest[0]) == 1
+    if not is_optimums:
+        return positional, kwargs
+    return first, {**dict(zip(names, rest, strict=False)), **kwargs}
+
+
+def _num_required(function: Callable[..., Any]) -> int:
+    parameters = inspect.signature(function).parameters.values()
+    return sum(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in parameters
+    )
 
 
 def _is_installed(stand_in: TrainingForward, model: torch.nn.Module) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils.generic import ExplicitEnum
 
 from ort_train import distributed, zero
@@ -34,14 +36,30 @@ _RENAMED = {
     "push_to_hub_model_id": "hub_model_id",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "warmup_ratio": "warmup_steps",  # which takes a share of the steps, too
 }
+#: Optimizers that transformers dropped, and what it took in their place.
+_RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"}
 #: Arguments that transformers 5 dropped because what they asked for is now always so.
 _DROPPED = {
     "save_safetensors": True,
     "include_tokens_per_second": None,
     "overwrite_output_dir": None,
     "half_precision_backend": "auto",
+    "use_legacy_prediction_loop": False,
+    "past_index": -1,
+    "fp16_opt_level": None,  # apex, which was never used without half_precision_backend
+    "tpu_num_cores": None,
+    "mp_parameters": None,
+    "ray_scope": None,
 }
+
+
+_DEFAULT_OPTIMIZER = next(
+    str(getattr(each.default, "value", each.default))
+    for each in fields(TrainingArguments)
+    if each.name == "optim"
+)
 
 
 @dataclass
@@ -55,6 +73,10 @@ class _BackendArguments:
     ort_options: dict | str | None = field(
         default=None,
         metadata={"help": "Fields of ort_train.OrtOptions, as a dict or a JSON string."},
+    )
+    optim: str = field(  # not transformers' enumeration: a command line takes only its members
+        default=_DEFAULT_OPTIMIZER,
+        metadata={"help": "Any optimizer of transformers, or adamw_ort_fused."},
     )
     use_module_with_loss: bool = field(
         default=False,
@@ -76,7 +98,7 @@ class _BackendArguments:
     evaluation_strategy: str | None = field(
         default=None, metadata={"help": "Older name of eval_strategy."}
     )
-    no_cuda: bool | None = field(default=None, metadata={"help": "Older name of use_cpu."})
+    no_cuda: bool = field(default=False, metadata={"help": "Older name of use_cpu."})
     push_to_hub_token: str | None = field(
         default=None, metadata={"help": "Older name of hub_token."}
     )
@@ -92,27 +114,78 @@ class _BackendArguments:
     save_safetensors: bool = field(
         default=True, metadata={"help": "Accepted for older scripts; always true."}
     )
-    include_tokens_per_second: bool | None = field(
-        default=None, metadata={"help": "Accepted for older scripts; tokens/s are always logged."}
+    include_tokens_per_second: bool = field(
+        default=False, metadata={"help": "Accepted for older scripts; tokens/s are always logged."}
     )
-    overwrite_output_dir: bool | None = field(
-        default=None, metadata={"help": "Accepted for older scripts; transformers 5 has no check."}
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Accepted for older scripts; transformers 5 has no check."}
     )
     half_precision_backend: str = field(
         default="auto", metadata={"help": "Accepted for older scripts; always torch's autocast."}
     )
 
-    def _translate_older_names(self) -> None:
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Older name of warmup_steps below 1."}
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "Older way to set TENSORBOARD_LOGGING_DIR."}
+    )
+    group_by_length: bool = field(
+        default=False, metadata={"help": "Older way to set train_sampling_strategy."}
+    )
+    adafactor: bool = field(default=False, metadata={"help": "Older way to set optim."})
+    include_inputs_for_metrics: bool = field(
+        default=False, metadata={"help": "Older way to set include_for_metrics."}
+    )
+    use_legacy_prediction_loop: bool = field(
+        default=False, metadata={"help": "Accepted for older scripts; always false."}
+    )
+    past_index: int = field(default=-1, metadata={"help": "Accepted for older scripts; always -1."})
+    fp16_opt_level: str | None = field(
+        default=None, metadata={"help": "Accepted for older scripts; apex isn't used."}
+    )
+    tpu_num_cores: int | None = field(
+        default=None, metadata={"help": "Accepted for older scripts; no TPU is used."}
+    )
+    mp_parameters: str | None = field(
+        default=None, metadata={"help": "Accepted for older scripts; SageMaker's."}
+    )
+    ray_scope: str | None = field(
+        default=None, metadata={"help": "Accepted for older scripts; pass scope to Ray itself."}
+    )
+
+    def _translate_older_names(self, parent: type) -> None:
+        native = {each.name: each.default for each in fields(parent)}
         for old, new in _RENAMED.items():
-            value = getattr(self, old)
-            if value is not None:
-                warnings.warn(f"{old} is now called {new}", FutureWarning, stacklevel=4)
+            value = getattr(self, old) or None
+            if old in native:  # an older transformers, which knows the name itself
+                if value is None:
+                    setattr(self, old, native[old])
+            elif value is not None:
+                _say_renamed(old, new)
                 setattr(self, new, value)
                 setattr(self, old, None)
+        arguments: Any = self
+        if self.group_by_length and "group_by_length" not in native:
+            _say_renamed("group_by_length", "train_sampling_strategy")
+            arguments.train_sampling_strategy = "group_by_length"
+        if self.include_inputs_for_metrics and "include_inputs_for_metrics" not in native:
+            _say_renamed("include_inputs_for_metrics", "include_for_metrics")
+            arguments.include_for_metrics = [*arguments.include_for_metrics, "inputs"]
+        if self.adafactor and "adafactor" not in native:
+            _say_renamed("adafactor", "optim")
+            arguments.optim = "adafactor"
+        if self.logging_dir is not None and "logging_dir" not in native:
+            _say_renamed("logging_dir", "the variable TENSORBOARD_LOGGING_DIR")
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.logging_dir)  # as transformers 5 reads
+        optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+        if optimizer in _RENAMED_OPTIMIZERS and optimizer not in set(OptimizerNames):
+            _say_renamed(f"optim={optimizer}", f"optim={_RENAMED_OPTIMIZERS[optimizer]}")
+            arguments.optim = _RENAMED_OPTIMIZERS[optimizer]
         problems = [
             f"{name}={getattr(self, name)!r} isn't supported any more; leave it out"
             for name, only in _DROPPED.items()
-            if only is not None and getattr(self, name) != only
+            if only is not None and name not in native and getattr(self, name) != only
         ]
         if problems:
             raise ConfigError(problems)
@@ -139,6 +212,11 @@ class _BackendArguments:
                 raise ConfigError(
                     f"ort_options={self.ort_options!r} is not JSON: {error}"
                 ) from None
+        if not isinstance(values, dict | None):
+            raise ConfigError(
+                f"ort_options={self.ort_options!r} must be a dict of OrtOptions' fields, or JSON "
+                "of one"
+            )
         values = dict(values or {})
         if self.save_onnx:
             if not self.onnx_prefix:
@@ -160,7 +238,14 @@ class _BackendArguments:
             raise ConfigError(
                 "torch_compile=True compiles whatever the backend is: set backend='compile' instead"
             )
-        self.make_ort_options() if not self.save_onnx else None
+        if self.ort_options and self.backend not in ("ort", "auto"):
+            raise ConfigError(
+                f"ort_options are given but backend is {self.backend!r}: they would be ignored; "
+                "leave them out or set backend='ort'"
+            )
+        if self.save_onnx:
+            Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+        self.make_ort_options()
 
 
 def _check_deepspeed(arguments: Any) -> None:
@@ -189,8 +274,12 @@ def _check_deepspeed(arguments: Any) -> None:
     arguments.deepspeed = values
 
 
+def _say_renamed(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now called {new}", FutureWarning, stacklevel=5)
+
+
 def _post_init(arguments: Any, parent: type) -> None:
-    arguments._translate_older_names()
+    arguments._translate_older_names(parent)
     if arguments.deepspeed:
         _check_deepspeed(arguments)
     if not torch.cuda.is_available():
