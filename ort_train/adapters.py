@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +52,10 @@ def apply_adapter(model: PreTrainedModel, adapter: AdapterConfig) -> PreTrainedM
         ),
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft asks transformers 5 by an older name.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(
             f"adapter.target_modules {targets} can't all take an adapter: {error} "
@@ -62,13 +67,18 @@ def apply_adapter(model: PreTrainedModel, adapter: AdapterConfig) -> PreTrainedM
 
 
 def trainable_summary(model: torch.nn.Module) -> tuple[int, int]:
-    """Counts parameters, tied ones once.
+    """Counts parameters, tied ones once, 4-bit ones as the weights that are packed in them.
 
     Returns:
         (trainable, total) numbers of elements.
     """
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(_num_weights(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def _num_weights(parameter: torch.nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def _linear_modules(model: torch.nn.Module, kinds: tuple[type, ...]) -> dict[str, type[Any]]:

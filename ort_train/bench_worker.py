@@ -230,35 +230,33 @@ def build(
     """
     import torch
 
+    from ort_train import quantization
     from ort_train.adapters import apply_adapter
-    from ort_train.data import load_corpus, make_blocks
-    from ort_train.models import load_model, load_tokenizer
+    from ort_train.models import load_model
+    from ort_train.samples import make_samples
 
-    data, train = config.data, config.train
-    corpus = load_corpus(
-        source=data.source,
-        dataset=data.dataset,
-        subset=data.subset,
-        text_column=data.text_column,
-        folder=data.folder,
-        hub_timeout_s=data.hub_timeout_s,
+    train = config.train
+    size = train.micro_batch_size
+    samples = make_samples(config.data, config.model, num_batches * size, with_evaluation=False)
+    model = load_model(
+        config.model,
+        samples.tokenizer,
+        train.seed,
+        config.data.block_size,
+        quantization.of_run(config),
     )
-    tokenizer = load_tokenizer(config.model, corpus.train_text)
-    model = load_model(config.model, tokenizer, train.seed, data.block_size)
     torch.manual_seed(train.seed)  # for the adapter's first weights
     model = apply_adapter(model, config.adapter)
     disable_dropout(model)
     fill_zero_weights(model)
     model.config.use_cache = False  # as transformers' Trainer does: a cache only costs here
-    size = train.micro_batch_size
-    num_blocks = min(num_batches * size, data.max_train_blocks or num_batches * size)
-    blocks = make_blocks(corpus.train_text, tokenizer, data.block_size, num_blocks)
-    rows = blocks.with_format("torch")
+    rows = samples.train
     # At least one full batch, from the start again where the text is shorter than that.
     batches = []
     for start in range(0, max(len(rows) - size + 1, 1), size):
-        batches.append(rows[[index % len(rows) for index in range(start, start + size)]])
-    return model, batches, corpus.source
+        indices = [index % len(rows) for index in range(start, start + size)]
+        batches.append(samples.collate([rows[index] for index in indices]))
+    return model, batches, samples.source
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
 )
 
+from .contradictions import contradictions
 from .errors import ConfigError
 
 MIN_VOCAB_SIZE = 259
@@ -43,9 +44,6 @@ LR_SCHEDULERS = """
 linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt
 reduce_lr_on_plateau cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy
 """.split()  # noqa: SIM905
-
-# How architectures spell the number of positions they can address.
-POSITION_FIELDS = ("max_position_embeddings", "n_positions")
 
 
 def near_matches(name: str, options: Iterable[str]) -> str:
@@ -92,6 +90,8 @@ class ModelConfig(_Section):
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights; what they are computed in is `train.precision`."""
+    num_parameters: PositiveFloat | None = None
+    """Of `name_or_path`, about; read only by what estimates memory without loading it."""
 
 
 class DataConfig(_Section):
@@ -102,6 +102,15 @@ class DataConfig(_Section):
     dataset: str = "Salesforce/wikitext"
     subset: str | None = "wikitext-2-raw-v1"
     text_column: str = "text"
+    format: Literal["blocks", "instructions"] = "blocks"
+    """blocks: text packed back to back; instructions: a prompt and its response per sample."""
+    prompt_column: str | None = None
+    """Of the dataset's or JSONL records, instructions only; None: prompt."""
+    response_column: str | None = None
+    """Likewise; None: response."""
+    padding: Literal["block", "longest"] | None = None
+    """Of instructions, on the right: to `block_size`, which is the default, or to the longest
+    sample of each batch."""
     folder: str | None = None
     """Of wiki.*.tokens or *.txt files. None: $ORT_TRAIN_DATA, data/wikitext-2 and the like."""
     block_size: PositiveInt = 128
@@ -117,7 +126,8 @@ class DataConfig(_Section):
 class AdapterConfig(_Section):
     """What is trained: the whole model, or low-rank adapters beside its frozen weights."""
 
-    method: Literal["none", "lora"] = "none"
+    method: Literal["none", "lora", "qlora"] = "none"
+    """qlora: LoRA beside weights that are quantized to 4 bits."""
     r: PositiveInt = 8
     """Rank."""
     alpha: PositiveFloat = 16.0
@@ -125,6 +135,12 @@ class AdapterConfig(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Last parts of module names, such as q_proj."""
+    quant_type: Literal["nf4", "fp4"] | None = None
+    """Codebook of the 4-bit weights, qlora only; None: nf4."""
+    double_quant: bool | None = None
+    """Whether their scales are quantized, too (0.4 bits a weight less); None: no."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What they are decoded to and multiplied in; None: as `train.precision`."""
 
 
 class TrainConfig(_Section):
@@ -255,7 +271,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(_without(values, found))
     problems += [
         problem
-        for reads, problem in _contradictions(config)
+        for reads, problem in contradictions(config)
         if not any(key == bad or key.startswith(f"{bad}.") for key in reads for bad in suspect)
     ]
     if problems:
@@ -266,63 +282,6 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The config as a recipe that `parse` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields (keys that the rule reads, problem) for values that don't go together."""
-    model, data, train = config.model, config.data, config.train
-    if not model.name_or_path and not model.architecture:
-        yield (
-            ("model.name_or_path", "model.architecture"),
-            "no model: set model.name_or_path to load one, or model.architecture to make one",
-        )
-    if model.vocab_size and (model.tokenizer or model.name_or_path):
-        owner = "tokenizer" if model.tokenizer else "name_or_path"
-        yield (
-            ("model.vocab_size", "model.tokenizer", "model.name_or_path"),
-            f"model.vocab_size {model.vocab_size} sizes a tokenizer that is trained, but "
-            f"model.{owner} brings its own: set one of them to null",
-        )
-    if model.revision and not model.name_or_path:
-        yield (
-            ("model.revision", "model.name_or_path"),
-            f"model.revision {model.revision} needs model.name_or_path: set that, or remove it",
-        )
-    vocab_size = model.config.get("vocab_size")
-    if model.vocab_size and isinstance(vocab_size, int) and vocab_size < model.vocab_size:
-        yield (
-            ("model.vocab_size", "model.config"),
-            f"model.config.vocab_size {vocab_size} is below the tokenizer's model.vocab_size "
-            f"{model.vocab_size}: raise the former or lower the latter",
-        )
-    for field in POSITION_FIELDS:
-        positions = model.config.get(field)
-        if isinstance(positions, int) and positions < data.block_size:
-            yield (
-                ("data.block_size", "model.config"),
-                f"data.block_size {data.block_size} exceeds model.config.{field} {positions}: "
-                f"set data.block_size={positions} or raise the latter",
-            )
-    if data.folder and data.source in ("hub", "offline"):
-        yield (
-            ("data.folder", "data.source"),
-            f"data.folder {data.folder} isn't read with data.source {data.source}: "
-            "set data.source=folder, or data.folder=null",
-        )
-    if (train.max_steps is None) == (train.epochs is None):
-        yield (
-            ("train.max_steps", "train.epochs"),
-            "no length of training: set train.max_steps or train.epochs"
-            if train.max_steps is None
-            else f"train.max_steps {train.max_steps} and train.epochs {train.epochs} both set the "
-            "length of training: set one of them to null",
-        )
-    if train.precision == "fp16" and model.dtype == "float16" and config.adapter.method == "none":
-        yield (
-            ("train.precision", "model.dtype", "adapter.method"),
-            "train.precision fp16 scales the loss, which needs float32 weights, but model.dtype is "
-            "float16: set model.dtype=float32",
-        )
 
 
 _Path = tuple[Any, ...]

@@ -9,7 +9,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ class Corpus:
     source: str
 
 
-class _UnavailableError(Exception):
+class UnavailableError(Exception):
     """A source that isn't there, as opposed to one that is broken."""
 
 
@@ -83,7 +83,7 @@ def load_corpus(
                 corpus = _from_folder(Path(folder).expanduser() if folder else _usual_folder())
             else:
                 corpus = _from_python_docs()
-        except _UnavailableError as reason:
+        except UnavailableError as reason:
             skipped.append(f"{name}: {reason}")
             continue
         for split, text in (("training", corpus.train_text), ("evaluation", corpus.eval_text)):
@@ -193,7 +193,21 @@ def hub_problem(repository: str, timeout_s: float = 3.0) -> str | None:
         return f"gives no answer within {timeout_s:g} s"
 
 
-def _from_hub(dataset: str, subset: str | None, text_column: str, timeout_s: float) -> Corpus:
+def load_splits(
+    dataset: str, subset: str | None, columns: Sequence[str], timeout_s: float
+) -> tuple[datasets.DatasetDict, str]:
+    """Reads a dataset from the hub, or from the cache where the hub can't be reached.
+
+    Args:
+        columns: that all of its splits must have.
+
+    Returns:
+        Its splits, `train` among them, and their origin in words.
+
+    Raises:
+        UnavailableError: no hub and nothing cached.
+        DataError: no such dataset, subset, split or column.
+    """
     import datasets
 
     label = f"{dataset} {subset}" if subset else dataset
@@ -205,24 +219,32 @@ def _from_hub(dataset: str, subset: str | None, text_column: str, timeout_s: flo
             raise DataError(f"data.dataset {dataset}: {error}") from error
         except (OSError, datasets.exceptions.DatasetsError) as error:
             # Nothing in the cache, or the connection broke.
-            raise _UnavailableError(
+            raise UnavailableError(
                 f"{problem}, and {label} isn't cached" if problem else str(error)
             ) from error
         except ValueError as error:
             if problem:
-                raise _UnavailableError(f"{problem}, and {label} isn't cached") from error
+                raise UnavailableError(f"{problem}, and {label} isn't cached") from error
             raise DataError(f"data.dataset {dataset}, data.subset {subset}: {error}") from error
     if "train" not in splits:
         raise DataError(f"data.dataset {label} has no train split, only {', '.join(splits)}")
+    keys = ("text_column",) if len(columns) == 1 else ("prompt_column", "response_column")
     for name, split in splits.items():
-        if text_column not in split.column_names:
-            columns = ", ".join(split.column_names)
-            raise DataError(
-                f"data.text_column {text_column} isn't in split {name} of {label}: set it to one "
-                f"of {columns}"
-            )
+        for key, column in zip(keys, columns, strict=True):
+            if column not in split.column_names:
+                raise DataError(
+                    f"data.{key} {column} isn't in split {name} of {label}: set it to one "
+                    f"of {', '.join(split.column_names)}"
+                )
+    return (
+        splits,
+        f"{label} from the cache (hub: {problem})" if problem else f"{label} from the hub",
+    )
+
+
+def _from_hub(dataset: str, subset: str | None, text_column: str, timeout_s: float) -> Corpus:
+    splits, origin = load_splits(dataset, subset, [text_column], timeout_s)
     train_text = _join_rows(splits["train"][text_column])
-    origin = f"{label} from the cache (hub: {problem})" if problem else f"{label} from the hub"
     for name in _EVAL_SPLITS:
         if name in splits:
             return Corpus(train_text, _join_rows(splits[name][text_column]), origin)
@@ -264,7 +286,7 @@ def _usual_folder() -> Path:
     for place in places:
         if _text_files(place):
             return Path(os.path.normpath(place))
-    raise _UnavailableError("data.folder and ORT_TRAIN_DATA unset, no ./data/wikitext-2")
+    raise UnavailableError("data.folder and ORT_TRAIN_DATA unset, no ./data/wikitext-2")
 
 
 def _from_folder(folder: Path) -> Corpus:
@@ -311,7 +333,7 @@ def _from_python_docs() -> Corpus:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise _UnavailableError("this Python comes without pydoc_data") from error
+        raise UnavailableError("this Python comes without pydoc_data") from error
     return _split("\n".join(topics.values()), "the Python documentation that every CPython carries")
 
 

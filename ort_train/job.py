@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ort_train import checkpoints, distributed
+from ort_train import checkpoints, distributed, quantization
 from ort_train.config import RunConfig, to_yaml
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.record import replacing
 
 if TYPE_CHECKING:
+    from ort_train.samples import Samples
     from ort_train.trainer import ORTTrainer
 
 CONFIG_FILE = "config.yaml"
@@ -64,34 +65,34 @@ def run(config: RunConfig) -> JobResult:
     from transformers.utils import logging as transformers_logging
 
     from ort_train.adapters import apply_adapter, trainable_summary
-    from ort_train.data import load_corpus, make_blocks
-    from ort_train.models import load_model, load_tokenizer
+    from ort_train.models import load_model
+    from ort_train.samples import make_samples
     from ort_train.signals import StopOnSignal
 
     transformers_logging.set_verbosity_error()  # its hints are about code, not about this run
     transformers_logging.disable_progress_bar()  # the job has a bar of its own
-    data = config.data
-    corpus = load_corpus(
-        data.source, data.dataset, data.subset, data.text_column, data.folder, data.hub_timeout_s
+    samples = make_samples(config.data, config.model)
+    _say(f"data: {samples.source}")
+    model = load_model(
+        config.model,
+        samples.tokenizer,
+        config.train.seed,
+        config.data.block_size,
+        quantization.of_run(config),
     )
-    _say(f"data: {corpus.source}")
-    tokenizer = load_tokenizer(config.model, corpus.train_text)
-    train_blocks = make_blocks(corpus.train_text, tokenizer, data.block_size, data.max_train_blocks)
-    eval_blocks = make_blocks(corpus.eval_text, tokenizer, data.block_size, data.max_eval_blocks)
-    model = load_model(config.model, tokenizer, config.train.seed, data.block_size)
     torch.manual_seed(config.train.seed)  # for the adapter's first weights, as in the benchmark
     model = apply_adapter(model, config.adapter)
     trainable, total = trainable_summary(model)
     _say(
         f"model: {type(model).__name__}, {total:,} parameters, {trainable:,} trained; "
-        f"{len(train_blocks):,} training and {len(eval_blocks):,} evaluation samples of "
-        f"{data.block_size} tokens"
+        f"{len(samples.train):,} training and {len(samples.evaluation or ()):,} evaluation samples "
+        f"of {config.data.block_size} tokens"
     )
     if config.train.save_steps:
         checkpoints.check_room(out, checkpoints.required_bytes(model))
 
     record = _measure(config) if is_main and config.measure.baselines else None
-    trainer = _make_trainer(config, model, tokenizer, train_blocks, eval_blocks, record)
+    trainer = _make_trainer(config, model, samples, record)
     way_out = f"Continue from the last checkpoint in {str(out)!r} with output.resume=auto"
     with StopOnSignal() as stop, distributed.Roster().watched(way_out):
         trainer.add_callback(stop)
@@ -101,7 +102,7 @@ def run(config: RunConfig) -> JobResult:
             raise stop.error(trainer.state)
         eval_loss = trainer.evaluate()["eval_loss"]
         perplexity = math.exp(min(eval_loss, 700.0))  # beyond, exp overflows
-        _save_model(trainer, tokenizer, out)
+        _save_model(trainer, samples.tokenizer, out)
     if is_main:
         _report(config, trainer, record, eval_loss, perplexity)
     distributed.leave()
@@ -134,6 +135,8 @@ def check(config: RunConfig) -> None:
             f"train.ort is given but train.backend is {config.train.backend}: it would be "
             "ignored; remove it or set train.backend=ort"
         )
+    if quantization.of_run(config) and (missing := quantization.unavailable_reason()):
+        problems.append(f"adapter.method qlora: {missing}")
     problems += zero.problems_of_recipe(config.train, distributed.world_size())
     if problems:
         raise ConfigError(problems)
@@ -248,10 +251,8 @@ def _measure(config: RunConfig) -> dict[str, Any]:
     )
 
 
-def _make_trainer(
-    config: RunConfig, model: Any, tokenizer: Any, train_blocks: Any, eval_blocks: Any, record: Any
-) -> ORTTrainer:
-    from transformers import PrinterCallback, ProgressCallback, default_data_collator
+def _make_trainer(config: RunConfig, model: Any, samples: Samples, record: Any) -> ORTTrainer:
+    from transformers import PrinterCallback, ProgressCallback
 
     from ort_train.console import ConsoleCallback
     from ort_train.trainer import ORTTrainer, ORTTrainingArguments
@@ -296,10 +297,10 @@ def _make_trainer(
     trainer = ORTTrainer(
         model=model,
         args=args,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
+        train_dataset=samples.train,
+        eval_dataset=samples.evaluation,
+        processing_class=samples.tokenizer,
+        data_collator=samples.collate,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -32,6 +32,13 @@ from transformers import (
 from .config import MIN_VOCAB_SIZE, ModelConfig, near_matches
 from .data import hub_problem
 from .errors import ModelError
+from .quantization import (
+    Quantization,
+    loading_options,
+    prepare,
+    quantize,
+    refuse_full_fine_tune,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +162,11 @@ def load_tokenizer(
 
 
 def load_model(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, block_size: int
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    block_size: int,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Loads the model's weights, or makes them from the seed.
 
@@ -167,13 +178,15 @@ def load_model(
             the model's config where that has none of its own.
         seed: of torch's random generator, which is left where making the model brings it.
         block_size: tokens per sample, which the model must have positions for.
+        quantization: of the linear layers' weights, which only an adapter can then train.
 
     Returns:
-        A causal language model on the CPU, in training mode.
+        A causal language model in training mode, on the CPU, or where it was quantized.
 
     Raises:
         ModelError: unknown architecture or config fields, a config that the architecture refuses,
-            too few positions or vocabulary entries, or weights that can't be loaded.
+            too few positions or vocabulary entries, weights that can't be loaded or quantized, or
+            quantized ones where none were asked for.
     """
     config = _loaded_config(model) if model.name_or_path else _made_config(model, tokenizer)
     text_config = config.get_text_config()
@@ -193,6 +206,10 @@ def load_model(
         if getattr(text_config, field, None) is None:
             setattr(text_config, field, getattr(tokenizer, field))
     options = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
+    if quantization is None:
+        refuse_full_fine_tune(config)
+    elif model.name_or_path:
+        options |= loading_options(quantization, config)
     torch.manual_seed(seed)
     try:
         if model.name_or_path:
@@ -209,6 +226,10 @@ def load_model(
     for field in _SPECIAL_IDS:
         if made.generation_config is not None and getattr(made.generation_config, field) is None:
             setattr(made.generation_config, field, getattr(text_config, field))
+    if quantization is not None:
+        if not model.name_or_path:
+            quantize(made, quantization)
+        prepare(made)
     return made.train()
 
 

@@ -1,0 +1,92 @@
+"""What contradicts what in a recipe, beyond the types and ranges of its single values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+# How architectures spell the number of positions they can address.
+POSITION_FIELDS = ("max_position_embeddings", "n_positions")
+
+
+def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields (keys that the rule reads, problem) for values that don't go together."""
+    model, data, train = config.model, config.data, config.train
+    if not model.name_or_path and not model.architecture:
+        yield (
+            ("model.name_or_path", "model.architecture"),
+            "no model: set model.name_or_path to load one, or model.architecture to make one",
+        )
+    if model.vocab_size and (model.tokenizer or model.name_or_path):
+        owner = "tokenizer" if model.tokenizer else "name_or_path"
+        yield (
+            ("model.vocab_size", "model.tokenizer", "model.name_or_path"),
+            f"model.vocab_size {model.vocab_size} sizes a tokenizer that is trained, but "
+            f"model.{owner} brings its own: set one of them to null",
+        )
+    if model.revision and not model.name_or_path:
+        yield (
+            ("model.revision", "model.name_or_path"),
+            f"model.revision {model.revision} needs model.name_or_path: set that, or remove it",
+        )
+    vocab_size = model.config.get("vocab_size")
+    if model.vocab_size and isinstance(vocab_size, int) and vocab_size < model.vocab_size:
+        yield (
+            ("model.vocab_size", "model.config"),
+            f"model.config.vocab_size {vocab_size} is below the tokenizer's model.vocab_size "
+            f"{model.vocab_size}: raise the former or lower the latter",
+        )
+    for field in POSITION_FIELDS:
+        positions = model.config.get(field)
+        if isinstance(positions, int) and positions < data.block_size:
+            yield (
+                ("data.block_size", "model.config"),
+                f"data.block_size {data.block_size} exceeds model.config.{field} {positions}: "
+                f"set data.block_size={positions} or raise the latter",
+            )
+    if data.folder and data.source in ("hub", "offline"):
+        yield (
+            ("data.folder", "data.source"),
+            f"data.folder {data.folder} isn't read with data.source {data.source}: "
+            "set data.source=folder, or data.folder=null",
+        )
+    if (train.max_steps is None) == (train.epochs is None):
+        yield (
+            ("train.max_steps", "train.epochs"),
+            "no length of training: set train.max_steps or train.epochs"
+            if train.max_steps is None
+            else f"train.max_steps {train.max_steps} and train.epochs {train.epochs} both set the "
+            "length of training: set one of them to null",
+        )
+    if train.precision == "fp16" and model.dtype == "float16" and config.adapter.method == "none":
+        yield (
+            ("train.precision", "model.dtype", "adapter.method"),
+            "train.precision fp16 scales the loss, which needs float32 weights, but model.dtype is "
+            "float16: set model.dtype=float32",
+        )
+    yield from _ignored(config)
+
+
+def _ignored(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that nothing would read."""
+    adapter, data = config.adapter, config.data
+    if adapter.method != "qlora":
+        for key in ("quant_type", "double_quant", "compute_dtype"):
+            if (value := getattr(adapter, key)) is not None:
+                yield (
+                    (f"adapter.{key}", "adapter.method"),
+                    f"adapter.{key} {value} is for 4-bit weights, which only adapters beside them "
+                    f"can train, but adapter.method is {adapter.method}: set adapter.method=qlora, "
+                    f"or adapter.{key}=null",
+                )
+    if data.format != "instructions":
+        for key in ("prompt_column", "response_column", "padding"):
+            if (value := getattr(data, key)) is not None:
+                yield (
+                    (f"data.{key}", "data.format"),
+                    f"data.{key} {value} is read with data.format instructions only: set that, or "
+                    f"data.{key}=null",
+                )

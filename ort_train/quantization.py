@@ -1,0 +1,229 @@
+"""4-bit weights by bitsandbytes: of a model that is loaded, or in place of a made one's.
+
+Their codebooks, and double quantization: QLoRA, https://arxiv.org/abs/2305.14314.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .config import RunConfig
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights become 4-bit.
+
+    Attributes:
+        quant_type: codebook, "nf4" or "fp4".
+        double_quant: whether the scales are quantized, too.
+        compute_dtype: name of the torch dtype that weights are decoded to and multiplied in.
+    """
+
+    quant_type: str = "nf4"
+    double_quant: bool = False
+    compute_dtype: str = "float32"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """4 and the share of a scale: 32 bits for 64 weights, or 8 and 32 bits for 256 of those."""
+        return 4 + (8 / 64 + 32 / (64 * 256) if self.double_quant else 32 / 64)
+
+
+def of_run(config: RunConfig) -> Quantization | None:
+    """The quantization that a recipe asks for, or None."""
+    adapter = config.adapter
+    if adapter.method != "qlora":
+        return None
+    return Quantization(
+        adapter.quant_type or "nf4",
+        bool(adapter.double_quant),
+        adapter.compute_dtype or _DTYPES[config.train.precision],
+    )
+
+
+def unavailable_reason() -> str | None:
+    """Why nothing can be quantized here, with the way out, or None."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "4-bit weights need bitsandbytes, which is missing: pip install 'ort_train[qlora]'"
+    return None
+
+
+def loading_options(quantization: Quantization, config: PretrainedConfig) -> dict[str, Any]:
+    """Arguments of from_pretrained that quantize while loading.
+
+    Args:
+        config: of the model to load, whose weights may be 4-bit already.
+
+    Raises:
+        ModelError: bitsandbytes is missing, or the weights are quantized in another way.
+    """
+    _require_bitsandbytes()
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        values = stored if isinstance(stored, dict) else stored.to_dict()
+        if not (values.get("quant_method") == "bitsandbytes" and values.get("load_in_4bit")):
+            raise ModelError(
+                f"the weights of model.name_or_path are quantized already, by "
+                f"{values.get('quant_method')}: give a model that isn't, or is by bitsandbytes to "
+                "4 bits"
+            )
+        wanted = (quantization.quant_type, quantization.double_quant)
+        found = (values["bnb_4bit_quant_type"], values["bnb_4bit_use_double_quant"])
+        if wanted != found:
+            raise ModelError(
+                f"the weights of model.name_or_path are 4-bit already: set adapter.quant_type="
+                f"{found[0]} and adapter.double_quant={str(found[1]).lower()}"
+            )
+    import torch
+
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": _bnb_config(quantization), "device_map": {"": device}}
+
+
+def refuse_full_fine_tune(config: PretrainedConfig) -> None:
+    """Refuse stored weights that are quantized, where no QLoRA was asked for.
+
+    Raises:
+        ModelError: with the way out.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the weights of model.name_or_path are quantized and can't be trained themselves: set "
+            "adapter.method=qlora, or load the model's unquantized weights"
+        )
+
+
+def quantize(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Replace a made model's linear layers but the output by 4-bit ones, in place.
+
+    It is then as transformers leaves one whose weights it quantizes in loading.
+
+    Raises:
+        ModelError: bitsandbytes is missing, or the model has no linear layer.
+    """
+    _require_bitsandbytes()
+    import torch
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers import AutoHfQuantizer
+
+    output = model.get_output_embeddings()
+    found = [
+        (name, part)
+        for name, part in model.named_modules()
+        if (type(part) is torch.nn.Linear or isinstance(part, Conv1D)) and part is not output
+    ]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer to quantize: set adapter.method=lora or "
+            "none"
+        )
+    for name, linear in found:
+        model.set_submodule(name, _quantized(linear, quantization))
+    # peft and transformers' Trainer look at these.
+    config = _bnb_config(quantization)
+    quantizer = AutoHfQuantizer.from_config(config)
+    attributes = {"hf_quantizer": quantizer, "is_quantized": True, "is_loaded_in_4bit": True}
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """Make a model's 4-bit layers fit to be trained through.
+
+    Raises:
+        ModelError: naming the layers that bitsandbytes decodes wrongly on this machine.
+    """
+    from .ortmodule import quantized
+
+    misread = []
+    for layer in quantized.layers(model):
+        quantized.keep_format(layer)
+        if quantized.is_misread(layer):
+            misread.append(layer.in_features)
+    if misread:
+        raise ModelError(
+            f"{len(misread)} linear layers have {sorted(set(misread))} columns, no multiple of the "
+            "block size 64: bitsandbytes decodes such 4-bit weights wrongly on this CPU. Train on "
+            "a GPU, or set adapter.method=lora"
+        )
+
+
+def dequantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Replace 4-bit layers by plain ones that hold what they decode to, in place."""
+    import bitsandbytes
+    import torch
+
+    for name, part in list(model.named_modules()):
+        if not isinstance(part, bitsandbytes.nn.Linear4bit):
+            continue
+        state = part.weight.quant_state
+        weight = bitsandbytes.functional.dequantize_4bit(part.weight.data, state).to(dtype)
+        linear = torch.nn.Linear(*weight.shape[::-1], bias=part.bias is not None, device="meta")
+        linear.weight = torch.nn.Parameter(weight)
+        if part.bias is not None:
+            linear.bias = torch.nn.Parameter(part.bias.data.to(dtype))
+        model.set_submodule(name, linear)
+
+
+def _require_bitsandbytes() -> None:
+    if (reason := unavailable_reason()) is not None:
+        raise ModelError(reason)
+    # Its import warns that kernels for inference in bf16 can be downloaded (0.50).
+    kernels_logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = kernels_logger.level
+    kernels_logger.setLevel(logging.ERROR)
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        kernels_logger.setLevel(level)
+
+
+def _bnb_config(quantization: Quantization) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
+    )
+
+
+def _quantized(linear: Any, quantization: Quantization) -> torch.nn.Module:
+    import bitsandbytes
+    import torch
+
+    # A Conv1D's weight is stored transposed.
+    weight = linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
+    layer = bitsandbytes.nn.Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=linear.bias is not None,
+        compute_dtype=getattr(torch, quantization.compute_dtype),
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.quant_type,
+        device="meta",
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight.data.contiguous(),
+        requires_grad=False,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.quant_type,
+        module=layer,
+    )
+    layer.bias = linear.bias
+    return layer.to(weight.device).requires_grad_(False)

@@ -1,0 +1,91 @@
+"""A recipe's samples: its data, in its model's tokens, and how they become batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .config import DataConfig, ModelConfig
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is trained and evaluated on.
+
+    Attributes:
+        evaluation: None where it wasn't asked for.
+        collate: makes a batch of rows.
+        source: where the data come from, one line.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    collate: Callable[[Any], dict[str, Any]]
+    source: str
+
+
+def make_samples(
+    data: DataConfig,
+    model: ModelConfig,
+    max_train: int | None = None,
+    with_evaluation: bool = True,
+) -> Samples:
+    """Loads the data and the tokenizer, and cuts one by the other.
+
+    Args:
+        max_train: training samples at most, below `data.max_train_blocks`.
+
+    Raises:
+        DataError: see `data.load_corpus` and `instructions.load_records`.
+        ModelError: see `models.load_tokenizer`.
+    """
+    limits = [limit for limit in (max_train, data.max_train_blocks) if limit is not None]
+    num_train = min(limits, default=None)
+    make = _instructions if data.format == "instructions" else _blocks
+    return make(data, model, num_train, with_evaluation)
+
+
+def _blocks(
+    data: DataConfig, model: ModelConfig, num_train: int | None, with_evaluation: bool
+) -> Samples:
+    from transformers import default_data_collator
+
+    from .data import load_corpus, make_blocks
+    from .models import load_tokenizer
+
+    corpus = load_corpus(
+        data.source, data.dataset, data.subset, data.text_column, data.folder, data.hub_timeout_s
+    )
+    tokenizer = load_tokenizer(model, corpus.train_text)
+    train = make_blocks(corpus.train_text, tokenizer, data.block_size, num_train)
+    evaluation = None
+    if with_evaluation:
+        evaluation = make_blocks(corpus.eval_text, tokenizer, data.block_size, data.max_eval_blocks)
+    return Samples(tokenizer, train, evaluation, default_data_collator, corpus.source)
+
+
+def _instructions(
+    data: DataConfig, model: ModelConfig, num_train: int | None, with_evaluation: bool
+) -> Samples:
+    from .instructions import load_records, pad_batch, tokenize
+    from .models import load_tokenizer
+
+    columns = (data.prompt_column or "prompt", data.response_column or "response")
+    records = load_records(
+        data.source, data.dataset, data.subset, columns, data.folder, data.hub_timeout_s
+    )
+    tokenizer = load_tokenizer(model, records.text)
+    train = tokenize(records.train, tokenizer, data.block_size, num_train)
+    evaluation = None
+    if with_evaluation:
+        evaluation = tokenize(records.evaluation, tokenizer, data.block_size, data.max_eval_blocks)
+    length = None if data.padding == "longest" else data.block_size
+    collate = functools.partial(pad_batch, pad_id=tokenizer.pad_token_id, length=length)
+    return Samples(tokenizer, train, evaluation, collate, records.source)
