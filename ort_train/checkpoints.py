@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,10 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 _STATE_FILE = "trainer_state.json"
 #: Where a checkpoint is written before it gets its name.
 STAGING_FOLDER = ".incomplete"
+_ADAPTER_FILE = "adapter_model.safetensors"
+#: Weights whose tensors aren't looked at: torch's own files, shards of FSDP and DeepSpeed, and
+#: adapters by name.
+_OTHER_WEIGHTS = ("pytorch_model*", "global_step*", f"*/{_ADAPTER_FILE}")
 # Weights, and AdamW's two moments of what is trained; a little for config and random state.
 _NUM_OPTIMIZER_COPIES = 2
 _SMALL_FILES_BYTES = 16 * 2**20
@@ -133,17 +138,36 @@ def verify(
             f"{str(state_file)!r} is damaged ({error}): resume from another checkpoint"
         ) from None
     _check_ranks(checkpoint, world_size, with_deepspeed)
+    _check_training_state(checkpoint, with_deepspeed)
     shapes = dict(_tensor_shapes(checkpoint))
     if shapes:
         _compare(checkpoint, shapes, model)
+    elif not any(any(checkpoint.glob(pattern)) for pattern in _OTHER_WEIGHTS):
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} has no weights: resume from another checkpoint"
+        )
+
+
+def _check_training_state(checkpoint: Path, with_deepspeed: bool) -> None:
+    """Optimizer, schedule and random state: present, and readable as far as their directory."""
+    # DeepSpeed has files of its own, and names them in `latest`.
+    for pattern in ("latest",) if with_deepspeed else ("optimizer*", "scheduler.pt"):
+        if not any(checkpoint.glob(pattern)):
+            raise CheckpointError(
+                f"checkpoint {str(checkpoint)!r} has no {pattern.replace('*', '.pt')} (saved with "
+                "save_only_model?): the optimizer would start anew. Resume from another "
+                "checkpoint, or start from its weights as a model instead of resuming"
+            )
+    for pattern in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"):
+        for file in checkpoint.glob(pattern):
+            if not zipfile.is_zipfile(file):  # torch.save writes one; its directory is at the end
+                raise CheckpointError(f"{str(file)!r} is damaged: resume from another checkpoint")
 
 
 def _tensor_shapes(checkpoint: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(checkpoint.glob("model*.safetensors")) or sorted(
-        checkpoint.glob("adapter_model.safetensors")
-    )
+    files = sorted(checkpoint.glob("model*.safetensors")) or sorted(checkpoint.glob(_ADAPTER_FILE))
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -156,18 +180,30 @@ def _tensor_shapes(checkpoint: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _compare(checkpoint: Path, shapes: dict[str, tuple[int, ...]], model: torch.nn.Module) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if any(".lora_" in name for name in shapes):  # adapters are saved without their own name
-        own = {re.sub(r"\.default(?=\.|$)", "", name): shape for name, shape in own.items()}
+    own = _saved_tensors(model) if (checkpoint / _ADAPTER_FILE).is_file() else model.state_dict()
     foreign = [name for name in shapes if name not in own]
-    other_shape = [n for n in shapes if n in own and shapes[n] != own[n]]
-    if foreign or other_shape:
+    other_shape = [n for n in shapes if n in own and shapes[n] != tuple(own[n].shape)]
+    # Tied weights are saved under one of their names.
+    saved = {own[name].data_ptr() for name in shapes if name in own}
+    lacking = [name for name, tensor in own.items() if tensor.data_ptr() not in saved]
+    lacking = [name for name in lacking if name not in shapes]
+    if foreign or other_shape or lacking:
         examples = ", ".join(
             [f"{name} is unknown to the model" for name in foreign[:2]]
-            + [f"{n} is {shapes[n]}, the model's is {own[n]}" for n in other_shape[:2]]
+            + [f"{n} is {shapes[n]}, the model's is {tuple(own[n].shape)}" for n in other_shape[:2]]
+            + [f"it lacks {name}" for name in lacking[:2]]
         )
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} is of another model: {len(foreign)} foreign tensors, "
-            f"{len(other_shape)} of another shape ({examples}). Resume with the config that the "
-            "checkpoint was trained with"
+            f"{len(other_shape)} of another shape, {len(lacking)} missing ({examples}). Resume "
+            "with the config that the checkpoint was trained with"
         )
+
+
+def _saved_tensors(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    """What an adapter's checkpoint holds, by the names in it."""
+    if not hasattr(model, "peft_config"):
+        return model.state_dict()
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)

@@ -282,6 +282,9 @@ class ORTTrainer(Trainer):
         checkpoints.check_room(run_dir, checkpoints.required_bytes(self.model, with_optimizer))
         name = f"checkpoint-{self.state.global_step}"
         staging = run_dir / checkpoints.STAGING_FOLDER
+        if self.args.should_save:  # what a killed run left
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
