@@ -196,6 +196,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checkpoint_of_another_launch_is_refused(tmp_path: Path) -> None:
     import torch
+    from safetensors.torch import save_file
 
     from ort_train import checkpoints
 
@@ -204,8 +205,9 @@ def test_a_checkpoint_of_another_launch_is_refused(tmp_path: Path) -> None:
     (folder / "global_step4").mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
     (folder / "latest").write_text("global_step4")
+    save_file(model.state_dict(), folder / "model.safetensors")
     for rank in range(2):
-        (folder / f"rng_state_{rank}.pth").touch()
+        torch.save({}, folder / f"rng_state_{rank}.pth")
         (folder / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     checkpoints.verify(folder, model, world_size=2, with_deepspeed=True)
     assert checkpoints.saved_world_size(folder) == 2
@@ -214,7 +216,8 @@ def test_a_checkpoint_of_another_launch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="saved with DeepSpeed and can't be resumed without"):
         checkpoints.verify(folder, model, world_size=2)
     (folder / "latest").unlink()
-    (folder / "optimizer.pt").touch()
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, folder / name)
     checkpoints.verify(folder, model, world_size=1)
     with pytest.raises(CheckpointError, match="saved without DeepSpeed"):
         checkpoints.verify(folder, model, world_size=2, with_deepspeed=True)
