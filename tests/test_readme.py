@@ -1,0 +1,31 @@
+"""What the README claims, held against what is tested."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from architectures import ARCHITECTURES, KNOWN_UNSUPPORTED
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def _section(title: str) -> str:
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_names_exactly_the_architectures_that_are_tested() -> None:
+    rows = [line for line in _section("Architectures").splitlines() if line.startswith("| ")][1:]
+    named = [name for row in rows for name in row.split("|")[2].strip().split(", ")]
+    assert sorted(named) == sorted(a.model_type for a in ARCHITECTURES)
+    assert f"{len(named)} architectures" in README
+
+
+def test_names_the_architectures_that_are_refused() -> None:
+    refused = _section("Architectures").split("Refused,", 1)[1]
+    missing = [
+        architecture.model_type
+        for architecture, _ in KNOWN_UNSUPPORTED
+        if not re.search(rf"\b{re.escape(architecture.model_type)}\b", refused)
+    ]
+    assert not missing
