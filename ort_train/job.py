@@ -164,7 +164,8 @@ def prepare_output(config: RunConfig) -> str | None:
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"output.dir {str(out)!r} is a file: name a folder")
     if distributed.is_main_process():
-        occupied = out.is_dir() and any(out.iterdir())
+        # A run that failed before it made anything has left its config alone.
+        occupied = out.is_dir() and any(path.name != CONFIG_FILE for path in out.iterdir())
         if occupied and output.resume == "auto":
             _check_same_run(config, out)
             found = checkpoints.list_checkpoints(out)

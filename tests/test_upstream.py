@@ -136,6 +136,31 @@ def test_a_step_writes_nothing_to_the_terminal():
     assert done.stderr == ""
 
 
+def test_streams_without_a_descriptor():
+    """As in notebooks and under test runners; what was printed before isn't swallowed either."""
+    done = run_python(
+        """
+        import io, sys, torch
+        from ort_train import wrap
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+        module = wrap(torch.nn.Linear(2, 2), backend="ort")
+        module(torch.ones(1, 2)).sum().backward()
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    done = run_python(
+        """
+        import torch
+        from ort_train import wrap
+        print("before")
+        module = wrap(torch.nn.Linear(2, 2), backend="ort")
+        module(torch.ones(1, 2)).sum().backward()
+        print("after")
+        """
+    )
+    assert done.stdout.split() == ["before", "after"]
+
+
 def test_module_that_was_refused_still_trains_eagerly_and_after_the_mend():
     done = run_python(
         """

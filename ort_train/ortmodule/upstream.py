@@ -13,7 +13,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -283,6 +285,38 @@ def load() -> types.ModuleType:
     return ortmodule
 
 
+@contextlib.contextmanager
+def _output_to_file(
+    enable: bool = True, on_exit: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """What is printed goes to a file, which `on_exit` gets.
+
+    Upstream's own (`_logger.py`, `_suppress_os_stream_output`) asks sys.stdout for its descriptor,
+    which that of a notebook or of a test hasn't got, and swallows what was printed before.
+    """
+    if not enable:
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = []
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # closed, as in a daemon
+                kept.append((os.dup(descriptor), descriptor))
+                os.dup2(file.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for original, descriptor in kept:
+                os.dup2(original, descriptor)
+                os.close(original)
+            if on_exit:
+                on_exit(file)
+
+
 def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[..., Any]:
     """ORTModule builds gradients of frozen parameters too (`_graph_transition_manager.py`,
     `_export_model`: every parameter is listed as requiring grad), which costs a LoRA run most of
@@ -303,6 +337,7 @@ def export_scope(options: OrtOptions) -> Iterator[None]:
     """Everything that construction and export of one ORTModule need, taken back at the end."""
     load()
     transition = importlib.import_module("onnxruntime.training.ortmodule._graph_transition_manager")
+    upstream_logger = importlib.import_module("onnxruntime.training.ortmodule._logger")
     manager = transition.GraphTransitionManager
     label_hook = manager._add_check_label_sparsity_hook
 
@@ -316,6 +351,7 @@ def export_scope(options: OrtOptions) -> Iterator[None]:
         _torch_onnx_aliases(),
         _torchscript_exporter(),
         _restored_symbolics(),
+        _attributes(upstream_logger, _suppress_os_stream_output=_output_to_file),
         functions.as_python_ops() if options.compiled_extensions else functions.refused(),
         _attributes(
             manager,
