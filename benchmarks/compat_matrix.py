@@ -115,21 +115,34 @@ def run_tests(python: Path, report: Path, arguments: list[str]) -> dict[str, Any
     }
 
 
+def kind(message: str) -> str:
+    """How a test failed: the architecture is not in that transformers, it is refused by an error
+    that says why, or anything else, which is a fault."""
+    if "Unrecognized model identifier" in message or "set_experts_implementation" in message:
+        return "absent"
+    return "refused" if "UnsupportedModelError" in message else "fault"
+
+
 def to_markdown(results: list[dict[str, Any]]) -> str:
     """A table of all sets, and what failed in them."""
     lines = [
-        "| torch | transformers | peft | onnx | Python | passed | failed | skipped |",
-        "|---|---|---|---|---|---|---|---|",
+        "| torch | transformers | peft | onnx | Python | passed | refused | faults | absent |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
         versions = row["versions"]
+        kinds = [kind(message) for message in row["failed"].values()]
         cells = [versions[name] for name in ("torch", "transformers", "peft", "onnx")]
-        cells += [row["python"], row["num_passed"], len(row["failed"]), row["num_skipped"]]
+        cells += [row["python"], row["num_passed"]]
+        cells += [kinds.count(name) for name in ("refused", "fault", "absent")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "Counted in tests. Absent: not in that version of transformers."]
     for row in results:
-        if row["failed"]:
-            lines += ["", f"Failed in {row['name']}:"]
-            lines += [f"- `{test}`: {message}" for test, message in row["failed"].items()]
+        for name in ("refused", "fault"):
+            tests = [(t, m) for t, m in row["failed"].items() if kind(m) == name]
+            if tests:
+                lines += ["", f"{row['name']}, {name}:", ""]
+                lines += [f"- `{test}`: {message[:160]}" for test, message in tests]
     return "\n".join(lines) + "\n"
 
 
