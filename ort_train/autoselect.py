@@ -94,7 +94,7 @@ class AutoRunner:
         self.decision: Decision | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.decision is None:
+        if self.decision is None and self._differentiable((args, kwargs)):
             self._calls.append(_detached((args, kwargs)))
             if len(self._calls) == NUM_TRIAL_BATCHES:
                 self.decision = self._try()
@@ -140,9 +140,13 @@ class AutoRunner:
     def _gradients(self, name: str, call: _Call) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         args, kwargs = call
         loss = _probe_loss(self._runners[name](*args, **kwargs))
-        parameters = [p for p in self._module.parameters() if p.requires_grad]
         # autograd.grad, unlike backward, leaves .grad and the hooks of DDP and DeepSpeed alone.
-        return loss, list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        return loss, list(torch.autograd.grad(loss, self._differentiable(call), allow_unused=True))
+
+    def _differentiable(self, call: _Call) -> list[torch.Tensor]:
+        """What a step gets gradients of: parameters, and inputs that ask for one."""
+        inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+        return [t for t in (*self._module.parameters(), *inputs) if t.requires_grad]
 
     def _probe(self, name: str) -> _Probe:
         losses, total = [], None
@@ -190,7 +194,12 @@ def _is_distributed() -> bool:
 def _detached(call: _Call) -> _Call:
     """A call that outlives its step: the loop may reuse its buffers."""
     copy = pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, call
+        lambda leaf: (
+            leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, torch.Tensor)
+            else leaf
+        ),
+        call,
     )
     return copy
 
