@@ -107,9 +107,15 @@ def _recipes(args: argparse.Namespace) -> int:
         return 0
     infos = list_recipes()
     width = max(len(info.name) for info in infos)
+    model_width = max(len(info.architecture) for info in infos)
     for info in infos:
         method = "full" if info.method == "none" else info.method
-        print(f"{info.name:<{width}}  {info.architecture:<8}  {method:<5}  {info.description}")
+        memory = "" if info.state_gib is None else f"{info.state_gib:.1f} GiB"
+        print(
+            f"{info.name:<{width}}  {info.architecture:<{model_width}}  {method:<5}  {memory:>9}  "
+            f"{info.description}"
+        )
+    print("\nMemory is that of weights, gradients and optimizer, unsharded, without activations.")
     return 0
 
 

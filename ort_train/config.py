@@ -91,7 +91,7 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights; what they are computed in is `train.precision`."""
     num_parameters: PositiveFloat | None = None
-    """Of `name_or_path`, about; read only by what estimates memory without loading it."""
+    """About; read only by what estimates memory before there is a model."""
 
 
 class DataConfig(_Section):

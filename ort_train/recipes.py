@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -13,6 +14,9 @@ import yaml
 
 from .config import RunConfig, near_matches, parse
 from .errors import ConfigError
+from .quantization import of_run
+
+logger = logging.getLogger(__name__)
 
 # What --tiny does to everything but the model's own sizes: a ceiling for each number.
 _TINY_CEILINGS = {
@@ -42,6 +46,7 @@ class RecipeInfo:
     Attributes:
         architecture: the made model's type, or the name of the loaded one.
         method: the adapter's; ``none`` where the whole model is trained.
+        state_gib: of weights, gradients and optimizer, before any sharding; None if unknown.
     """
 
     name: str
@@ -49,6 +54,7 @@ class RecipeInfo:
     description: str
     architecture: str
     method: str
+    state_gib: float | None
 
 
 def load_recipe(
@@ -65,6 +71,7 @@ def load_recipe(
         ConfigError: with all problems of the overrides, or all of the config.
     """
     settings = _parse_overrides(overrides)
+    settings += _unset_rivals(settings)
     values = _read(_find(name_or_path))
     config = parse(_override(values, settings))
     if not tiny:
@@ -86,9 +93,26 @@ def list_recipes() -> list[RecipeInfo]:
                 description=config.description,
                 architecture=model.name_or_path or model.architecture or "",
                 method=config.adapter.method,
+                state_gib=state_gib(config),
             )
         )
     return infos
+
+
+def state_gib(config: RunConfig) -> float | None:
+    """GiB of weights, gradients and AdamW's moments: parameters times bytes, activations left out.
+
+    An adapter's own share, thousandths of the whole, is left out, too.
+    """
+    num_parameters = config.model.num_parameters
+    if num_parameters is None:
+        return None
+    weight_bytes = 4.0 if config.model.dtype == "float32" else 2.0
+    if (quantization := of_run(config)) is not None:
+        weight_bytes = quantization.bits_per_weight / 8
+    # A gradient and two moments, in the weights' type.
+    copies = 4 if config.adapter.method == "none" else 1
+    return num_parameters * weight_bytes * copies / 2**30
 
 
 def tiny(config: RunConfig) -> RunConfig:
@@ -127,7 +151,31 @@ def _shrink(config: RunConfig) -> dict[str, Any]:
                 values[section][key] = ceiling
     values["train"]["epochs"] = None
     values["train"]["global_batch_size"] = None  # of the full-sized batches
+    model["num_parameters"] = None
+    _use_fp32_where_needed(values)
     return values
+
+
+def _use_fp32_where_needed(values: dict[str, Any]) -> None:
+    """Full precision where this machine's backend can't compute in the recipe's."""
+    import torch
+
+    from .backends import available
+
+    train, model, adapter = (values[section] for section in ("train", "model", "adapter"))
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if available(train["backend"], train["precision"], device_type)[0]:
+        return
+    if not available(train["backend"], "fp32", device_type)[0]:
+        return  # that is to be said, not mended
+    logger.warning(
+        "--tiny: train.precision %s becomes fp32, for backend %s can't compute in it here",
+        train["precision"],
+        train["backend"],
+    )
+    train["precision"], model["dtype"] = "fp32", "float32"
+    if adapter["compute_dtype"]:
+        adapter["compute_dtype"] = "float32"
 
 
 def _shipped() -> dict[str, Path]:
@@ -203,6 +251,17 @@ def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def _unset_rivals(settings: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """An override of one of the two lengths of training takes the place of the other."""
+    given = dict(settings)
+    rivals = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}
+    return [
+        (rival, None)
+        for key, rival in rivals.items()
+        if given.get(key) is not None and rival not in given
+    ]
 
 
 def _override(values: Mapping[str, Any], settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -47,11 +47,12 @@ def test_every_shipped_recipe_has_a_tiny_form(name):
     assert small.data.block_size <= 64
     assert small.train.max_steps <= 8
     assert small.data.max_eval_blocks <= 8
-    for kept in ("backend", "precision", "optimizer", "lr_scheduler", "learning_rate", "seed"):
+    for kept in ("backend", "optimizer", "lr_scheduler", "learning_rate", "seed"):
         assert getattr(small.train, kept) == getattr(config.train, kept)
     assert small.model.architecture == config.model.architecture
     assert small.adapter == config.adapter
     assert small.data.source == config.data.source
+    assert small.data.format == config.data.format
     assert small.measure.baselines == config.measure.baselines
 
 
