@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,16 +60,26 @@ def hosts() -> Iterator[dict[str, str]]:
                 _ip("netns", "delete", name)
 
 
-def _start(host: str, address: str, meet_at: str, cases_file: Path, log: Path) -> subprocess.Popen:
-    command = [
-        *("ip", "netns", "exec", host),
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"),
-        *("--rdzv_id", "two_hosts", "--rdzv_endpoint", f"{meet_at}:{PORT}"),
+def _torchrun(rank: int, addresses: list[str]) -> list[str]:
+    return [
+        *("torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"),
+        *("--rdzv_backend", "c10d", "--rdzv_id", "two_hosts"),
+        *("--rdzv_endpoint", f"{addresses[0]}:{PORT}"),
         # Both share this machine's name, by which torchrun would tell which of them is meant.
-        *("--rdzv_conf", f"is_host={int(address == meet_at)}", "--local_addr", address),
-        *(str(WORKER), str(cases_file)),
+        *("--rdzv_conf", f"is_host={int(rank == 0)}", "--local_addr", addresses[rank]),
     ]
+
+
+def _deepspeed(rank: int, addresses: list[str], hostfile: Path) -> list[str]:
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in addresses))
+    return [
+        *("deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"),
+        *("--node_rank", str(rank), "--master_addr", addresses[0], "--master_port", str(PORT)),
+    ]
+
+
+def _start(host: str, launcher: list[str], cases_file: Path, log: Path) -> subprocess.Popen:
+    command = ["ip", "netns", "exec", host, sys.executable, "-m", *launcher]
     inherited = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")}
     environment = {
         **inherited,
@@ -78,21 +89,40 @@ def _start(host: str, address: str, meet_at: str, cases_file: Path, log: Path) -
     }
     with log.open("w") as output:
         return subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
+            [*command, str(WORKER), str(cases_file)],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
 
 
-def test_zero2_over_two_hosts_trains_as_one_process(hosts: dict[str, str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Eager PyTorch in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return launch(folder, {"full": {"backend": "eager"}}, num_ranks=1)["full"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_zero2_over_two_hosts_trains_as_one_process(
+    launcher: str, hosts: dict[str, str], alone: dict[str, Any], tmp_path: Path
+) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    alone = launch(tmp_path / "alone", {"full": {"backend": "eager"}}, num_ranks=1)["full"]
     out = tmp_path / "two_hosts.pt"
     case = {"out": str(out), "run_dir": str(tmp_path / "run"), "deepspeed": "zero2"}
     cases_file = tmp_path / "cases.json"
     cases_file.write_text(json.dumps([case]))
-    meet_at = next(iter(hosts.values()))
+    addresses = list(hosts.values())
     logs = {host: tmp_path / f"{host}.log" for host in hosts}
-    processes = [_start(h, a, meet_at, cases_file, logs[h]) for h, a in hosts.items()]
+    processes = []
+    for rank, host in enumerate(hosts):
+        if launcher == "torchrun":
+            options = _torchrun(rank, addresses)
+        else:
+            options = _deepspeed(rank, addresses, tmp_path / f"{host}.hostfile")
+        processes.append(_start(host, options, cases_file, logs[host]))
     try:
         codes = [process.wait(timeout=TIMEOUT_S) for process in processes]
     finally:

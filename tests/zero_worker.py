@@ -140,7 +140,8 @@ def run(case: Case) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for fields in json.loads(Path(sys.argv[1]).read_text()):
+    # The last argument: DeepSpeed's launcher puts --local_rank before it.
+    for fields in json.loads(Path(sys.argv[-1]).read_text()):
         case = Case(**fields)
         result = run(case)
         if distributed.is_main_process():
