@@ -78,6 +78,22 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
 
+    merge = commands.add_parser(
+        "merge",
+        help="write a run's adapter and its base as one plain transformers model",
+        description="Write a LoRA or QLoRA run's adapter and its base as one plain transformers "
+        "model. The base itself is left as it is.",
+    )
+    merge.add_argument("folder", metavar="RUN", help="the run's folder")
+    merge.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    merge.add_argument(
+        "--base",
+        choices=("dequantized", "original"),
+        help="of a QLoRA run: the weights that it trained beside (default), or those before "
+        "quantization",
+    )
+    merge.set_defaults(run=_merge)
+
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.add_argument("name", nargs="?", help="show this recipe, resolved")
     recipes.set_defaults(run=_recipes)
@@ -96,6 +112,13 @@ def _doctor(args: argparse.Namespace) -> int:
     from ort_train import doctor
 
     return doctor.main(as_json=args.json)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from ort_train.merge import merge
+
+    print(merge(args.folder, args.out, args.base))
+    return 0
 
 
 def _recipes(args: argparse.Namespace) -> int:

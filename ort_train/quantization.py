@@ -161,8 +161,11 @@ def prepare(model: torch.nn.Module) -> None:
         )
 
 
-def dequantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Replace 4-bit layers by plain ones that hold what they decode to, in place."""
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace 4-bit layers by plain ones that hold what they decode to, in place.
+
+    The model is then one that was never quantized.
+    """
     import bitsandbytes
     import torch
 
@@ -176,6 +179,10 @@ def dequantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
         if part.bias is not None:
             linear.bias = torch.nn.Parameter(part.bias.data.to(dtype))
         model.set_submodule(name, linear)
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        if name in model.__dict__:
+            delattr(model, name)
+    del model.config.quantization_config
 
 
 def _require_bitsandbytes() -> None:

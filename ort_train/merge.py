@@ -1,0 +1,132 @@
+"""Merging: a run's adapter into its base, saved as a plain transformers model."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import checkpoints, quantization
+from .config import RunConfig
+from .errors import CheckpointError, ModelError
+from .job import CONFIG_FILE, MODEL_FOLDER
+from .recipes import load_recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASES = ("dequantized", "original")
+
+
+def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
+    """Merges the adapter that a run has saved into its base model.
+
+    The base is loaded, or made, as the run did it, and never written to.
+
+    Args:
+        run: the run's folder.
+        out: a new or empty folder; it is whole or not there.
+        base: of a QLoRA run: ``dequantized``, the default: the weights that the adapter was trained
+            beside; ``original``: those before quantization, which are closer to the model that was
+            published, and not what the run's evaluation measured.
+
+    Returns:
+        What was merged onto what, one line.
+
+    Raises:
+        CheckpointError: `run` has no adapter, or `out` holds something.
+        ModelError: the adapter is of another base.
+    """
+    run, out = Path(run).expanduser(), Path(out).expanduser()
+    config, adapter = _read(run)
+    if base is not None and config.adapter.method != "qlora":
+        raise CheckpointError(
+            f"{str(run)!r} is no QLoRA run: its base is the original one, leave out base {base}"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(
+            f"{str(out)!r} is not an empty folder, and nothing is overwritten: name a new one"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = base or ("dequantized" if config.adapter.method == "qlora" else "original")
+    model = _load_base(config, tokenizer, dequantized=base == "dequantized")
+    checkpoints.check_room(out, checkpoints.required_bytes(model, with_optimizer=False))
+    merged: Any = _attach(model, adapter).merge_and_unload(safe_merge=True)
+    staged = out.parent / f".{out.name}.incomplete"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        merged.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        checkpoints.publish(staged, out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    name = config.model.name_or_path or f"{config.model.architecture} of the run's seed"
+    return f"merged the adapter of {run} into the {base} weights of {name}: {out}"
+
+
+def _read(run: Path) -> tuple[RunConfig, Path]:
+    """A run's config, and the folder of its adapter."""
+    if not (run / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{str(run)!r} has no {CONFIG_FILE}, so it is no run of ort_train: name the folder "
+            "that a run wrote (its output.dir)"
+        )
+    config = load_recipe(run / CONFIG_FILE)
+    folder = run / MODEL_FOLDER
+    if config.adapter.method == "none":
+        raise CheckpointError(
+            f"{str(run)!r} trained the whole model: {str(folder)!r} is a plain transformers model "
+            "already"
+        )
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds no adapter: let the run end first, with output.resume=auto"
+        )
+    return config, folder
+
+
+def _load_base(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, dequantized: bool
+) -> PreTrainedModel:
+    import torch
+
+    from .models import load_model
+
+    quantized = quantization.of_run(config) if dequantized else None
+    model = load_model(
+        config.model, tokenizer, config.train.seed, config.data.block_size, quantized
+    )
+    if quantized is not None:
+        quantization.dequantize(model, getattr(torch, config.model.dtype))
+    return model
+
+
+def _attach(model: PreTrainedModel, folder: Path) -> PeftModel:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved = {name: tensor.shape for name, tensor in load_file(_weights(folder)).items()}
+    message = f"the adapter in {str(folder)!r} is of another base than the run's config describes"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # found below
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # see adapters.py
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ModelError(f"{message}: {error}") from error
+    own = {name: t.shape for name, t in get_peft_model_state_dict(adapted).items()}
+    if own != saved:
+        differing = sorted(set(own.items()) ^ set(saved.items()))
+        raise ModelError(f"{message}: they differ in {differing[0][0]}")
+    return adapted
+
+
+def _weights(folder: Path) -> Path:
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{str(folder)!r} has no {file.name}: the run's model isn't whole")
+    return file
