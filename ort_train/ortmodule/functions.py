@@ -13,11 +13,11 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.autograd import function as autograd_function
+from torch.autograd.function import FunctionMeta
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule import extensions
@@ -50,23 +50,33 @@ def refused() -> Iterator[None]:
     """
     refusal: UnsupportedModelError | None = None
     thread = threading.get_ident()
-    # `Function.apply` ends in `super().apply`, which finds it here. Replacing `Function.apply`
-    # itself would miss the usual `ste = MySTE.apply` at a module's top.
-    owner = autograd_function._SingleLevelFunction
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal refusal
-        if threading.get_ident() == thread and not _is_safe(cls) and _is_differentiable(args):
-            name = f"{cls.__module__}.{cls.__qualname__}"
-            refusal = refusal or UnsupportedModelError(
-                f"backend 'ort' would trace through the torch.autograd.Function {name} and ignore "
-                "its backward: set the option compiled_extensions=true, which runs it as it is "
-                "(builds a C++ extension, once), or train with backend='compile' or 'eager'"
-            )
-            raise refusal
-        return super(owner, cls).apply(*args, **kwargs)
+    def refusing(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal refusal
+            if _is_differentiable(args):
+                name = f"{cls.__module__}.{cls.__qualname__}"
+                refusal = refusal or UnsupportedModelError(
+                    f"backend 'ort' would trace through the torch.autograd.Function {name} and "
+                    "ignore its backward: set the option compiled_extensions=true, which runs it "
+                    "as it is (builds a C++ extension, once), or train with backend='compile' or "
+                    "'eager'"
+                )
+                raise refusal
+            return forward(*args, **kwargs)
 
-    owner.apply = classmethod(apply)
+        return wrapper
+
+    # `apply` looks up the class's `forward` to call it. `apply` itself can't be replaced: modules
+    # bind it early (`ste = MySTE.apply`), and from torch 2.14 on it is all C++.
+    def lookup(cls: Any, name: str) -> Any:
+        value = type.__getattribute__(cls, name)
+        if name == "forward" and threading.get_ident() == thread and not _is_safe(cls):
+            return refusing(cls, value)
+        return value
+
+    FunctionMeta.__getattribute__ = lookup
     try:
         yield
     except Exception:
@@ -74,7 +84,7 @@ def refused() -> Iterator[None]:
             raise refusal from None
         raise
     finally:
-        del owner.apply
+        del FunctionMeta.__getattribute__
     if refusal is not None:
         raise refusal
 
