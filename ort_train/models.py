@@ -229,7 +229,7 @@ def load_model(
     if quantization is not None:
         if not model.name_or_path:
             quantize(made, quantization)
-        prepare(made)
+        prepare(made, quantization)
     return made.train()
 
 

@@ -88,7 +88,10 @@ def loading_options(quantization: Quantization, config: PretrainedConfig) -> dic
     import torch
 
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": _bnb_config(quantization), "device_map": {"": device}}
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if stored is None:
+        options["quantization_config"] = _bnb_config(quantization)
+    return options
 
 
 def refuse_full_fine_tune(config: PretrainedConfig) -> None:
@@ -140,16 +143,22 @@ def quantize(model: PreTrainedModel, quantization: Quantization) -> None:
     model.config.quantization_config = config
 
 
-def prepare(model: torch.nn.Module) -> None:
+def prepare(model: torch.nn.Module, quantization: Quantization) -> None:
     """Make a model's 4-bit layers fit to be trained through.
+
+    Args:
+        quantization: gives their compute type, also of layers that were stored with another.
 
     Raises:
         ModelError: naming the layers that bitsandbytes decodes wrongly on this machine.
     """
+    import torch
+
     from .ortmodule import quantized
 
     misread = []
     for layer in quantized.layers(model):
+        layer.compute_dtype = getattr(torch, quantization.compute_dtype)
         quantized.keep_format(layer)
         if quantized.is_misread(layer):
             misread.append(layer.in_features)
