@@ -39,8 +39,9 @@ class OrtOptions:
 
     #: Threads of ONNX Runtime's pool; None shares this machine's cores among its ranks.
     num_threads: int | None = None
-    #: Whether idle threads of the pool spin; None: only where no other rank shares the machine.
-    allow_spinning: bool | None = None
+    #: Whether idle threads of the pool spin. They would take the cores from torch's own threads,
+    #: which run the ATen nodes between ONNX Runtime's and the optimizer after them.
+    allow_spinning: bool = False
     #: Graph-level reduction of FLOPs (shrinking operators are moved up).
     compute_optimizer: bool = True
     #: Upstream's label sparsity: needs a registered CrossEntropyLoss and `compiled_extensions`.
@@ -104,8 +105,6 @@ class OrtOptions:
             value = getattr(self, field.name)
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 yield f"{field.name}={value!r} must be true or false"
-        if self.allow_spinning is not None and not isinstance(self.allow_spinning, bool):
-            yield f"allow_spinning={self.allow_spinning!r} must be true, false or null"
         paths = {name: getattr(self, name) for name in _PATHS}
         for name, path in (*paths.items(), ("onnx_prefix", self.onnx_prefix)):
             if path is not None and not isinstance(path, str | os.PathLike):
