@@ -24,7 +24,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """Makes a seeded Llama of some 100k parameters; keywords are fields of its config."""
 

@@ -154,9 +154,17 @@ def test_needed_room_is_an_upper_bound_near_the_size(tiny_llama: MakeModel, tmp_
 # --- resuming ---
 
 
+@pytest.fixture(scope="module")
+def finished_run(tiny_llama: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    trainer_for(tiny_llama(), run, max_steps=2).train()
+    return run
+
+
 @pytest.fixture
-def checkpoint(tiny_llama: MakeModel, tmp_path: Path) -> Path:
-    trainer_for(tiny_llama(), tmp_path / "run", max_steps=2).train()
+def checkpoint(finished_run: Path, tmp_path: Path) -> Path:
+    """The second checkpoint of a run of two steps, to be damaged."""
+    shutil.copytree(finished_run, tmp_path / "run")
     return tmp_path / "run" / "checkpoint-2"
 
 

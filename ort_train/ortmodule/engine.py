@@ -167,6 +167,12 @@ class Engine:
         self._graph_module = _GraphModule(module, forward, schema)
         self._ort_module: Any = None
         self._is_stochastic = False
+        self._recomputes_dropout = False
+        #: The last forward recomputes dropout, and its backward hasn't run. ONNX Runtime seeds each
+        #: Dropout when the session is built (`memory_optimizer.cc`), and the recomputed one draws
+        #: from a generator of its own: after a forward without backward the two are out of step,
+        #: and gradients would be those of other masks. Such a graph must not run again.
+        self.awaits_backward = False
         self._parameter_ids: tuple[int, ...] = ()
         self._buffer_names: tuple[str, ...] = ()
         self._constant_buffers: dict[str, _KnownBuffer] = {}
@@ -189,9 +195,21 @@ class Engine:
             if self._is_stochastic:
                 self._seed()
             outputs = self._ort_module(**named)
+        if self._recomputes_dropout:
+            self._await_backward(outputs)
         schema = self._graph_module.result_schema
         assert schema is not None
         return schema.rebuild(tuple(outputs))
+
+    def _await_backward(self, outputs: tuple[torch.Tensor, ...]) -> None:
+        self.awaits_backward = True
+
+        def began(gradient: torch.Tensor) -> None:
+            self.awaits_backward = False
+
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(began)
 
     def _bind_state(self, parameter_ids: tuple[int, ...]) -> None:
         """ORTModule keeps the parameter and buffer objects of its first step; follow changes."""
@@ -270,6 +288,14 @@ class Engine:
             node.op_type in _STOCHASTIC_OPERATORS
             for node in manager._onnx_models.optimized_model.graph.node
         )
+        self._recomputes_dropout = self._is_stochastic and (
+            options.recompute != "none" or options.recompute_config is not None
+        )
+        if self._recomputes_dropout:
+            logger.warning(
+                "dropout is recomputed by ONNX Runtime, which seeds its masks once: they follow "
+                "torch's seed from run to run, but a resumed run draws others than one that goes on"
+            )
         # A graph without randomness leaves torch's stream alone, another draws one number a step.
         torch.set_rng_state(rng_state)
         if self._is_stochastic:
@@ -310,11 +336,8 @@ class Engine:
             # Upstream passes its own scale, whose "fatal" is beyond ONNX Runtime's
             # (`_graph_execution_manager.py`, `_get_session_config`).
             session_options.log_severity_level = min(session_options.log_severity_level, 4)
-            spinning = options.allow_spinning
-            if spinning is None:
-                spinning = distributed.local_world_size() == 1
             session_options.add_session_config_entry(
-                "session.intra_op.allow_spinning", str(int(spinning))
+                "session.intra_op.allow_spinning", str(int(options.allow_spinning))
             )
             return (session_options, *rest)
 

@@ -55,6 +55,17 @@ class OrtForward:
         )
         key = self._key_of_fitting(key, tensors)
         engine = self.engines.get(key)
+        if engine is not None and engine.awaits_backward:
+            del self.engines[key]
+            self._num_stale += 1
+            if self._num_stale >= self.options.max_graphs:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} recomputes dropout, whose graph has to be built anew "
+                    "after every forward without a backward, and that happened "
+                    f"{self._num_stale} times (limit max_graphs): run each forward's backward "
+                    "before the next, set dropout to 0, or train without recomputation"
+                )
+            engine = None
         if engine is not None and (changed := engine.changed_constant_buffer()) is not None:
             del self.engines[key]
             self._num_stale += 1
