@@ -94,6 +94,19 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     )
     merge.set_defaults(run=_merge)
 
+    plan = commands.add_parser(
+        "plan",
+        help="whether a recipe fits on given GPUs, without loading its weights",
+        description="Memory of each rank under DDP and ZeRO, with and without recomputed "
+        "activations, and the micro batch that fits. Ends with 1 where nothing does.",
+    )
+    plan.add_argument("recipe", metavar="NAME_OR_PATH")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
+    plan.add_argument("--gpus", type=int, default=1, help="GPUs of a node (default 1)")
+    plan.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
+    plan.add_argument("--gpu-mem-gib", type=float, required=True, help="GiB of each GPU")
+    plan.set_defaults(run=_plan)
+
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.add_argument("name", nargs="?", help="show this recipe, resolved")
     recipes.set_defaults(run=_recipes)
@@ -106,6 +119,14 @@ def _train(args: argparse.Namespace) -> int:
 
     job.run(load_recipe(args.recipe, args.overrides, tiny=args.tiny))
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ort_train import plan
+    from ort_train.recipes import load_recipe
+
+    config = load_recipe(args.recipe, args.overrides)
+    return 0 if plan.show(config, args.gpus, args.nodes, args.gpu_mem_gib) else 1
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -155,7 +155,8 @@ class TrainConfig(_Section):
     global_batch_size: PositiveInt | None = None
     """Samples per optimizer step over all ranks; accumulation, if 1, follows from it."""
     deepspeed: str | dict[str, Any] | None = None
-    """zero1, zero2, zero2_offload, the path of a DeepSpeed JSON, or its content."""
+    """zero1, zero2, zero2_offload, none, the path of a DeepSpeed JSON, or its content. None: zero2
+    under DeepSpeed's launcher, DistributedDataParallel under others."""
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
     epochs: PositiveFloat | None = None

@@ -255,6 +255,7 @@ def _measure(config: RunConfig) -> dict[str, Any]:
 def _make_trainer(config: RunConfig, model: Any, samples: Samples, record: Any) -> ORTTrainer:
     from transformers import PrinterCallback, ProgressCallback
 
+    from ort_train import zero
     from ort_train.console import ConsoleCallback
     from ort_train.trainer import ORTTrainer, ORTTrainingArguments
 
@@ -274,7 +275,7 @@ def _make_trainer(config: RunConfig, model: Any, samples: Samples, record: Any) 
             train.gradient_accumulation_steps,
             distributed.world_size(),
         ),
-        deepspeed=train.deepspeed,
+        deepspeed=zero.chosen(train.deepspeed),
         max_steps=train.max_steps or -1,
         num_train_epochs=train.epochs or 1.0,
         learning_rate=train.learning_rate,

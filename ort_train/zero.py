@@ -83,6 +83,16 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in folder.glob("*.json")}
 
 
+def chosen(deepspeed: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
+    """A recipe's `train.deepspeed` under this launch: ZeRO-2 where DeepSpeed's launcher started it
+    and nothing is said, nothing for "none".
+    """
+    by_launcher = "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ  # deepspeed's own names
+    if deepspeed is None and by_launcher:
+        return "zero2"
+    return None if deepspeed == "none" else deepspeed
+
+
 def resolve(deepspeed: str | Mapping[str, Any]) -> dict[str, Any]:
     """A DeepSpeed config as a mapping, with the values that follow the run set to "auto".
 
@@ -148,10 +158,11 @@ def problems_of_recipe(train: TrainConfig, num_ranks: int) -> list[str]:
         )
     except ConfigError as error:
         problems += error.problems
-    if train.deepspeed is None:
+    deepspeed = chosen(train.deepspeed)
+    if deepspeed is None:
         return problems
     try:
-        values = resolve(train.deepspeed)
+        values = resolve(deepspeed)
     except ConfigError as error:
         return [*problems, *(f"train.{problem}" for problem in error.problems)]
     run = RunSettings(

@@ -25,10 +25,16 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "accumulated_and_clipped": {"accumulation": 2, "max_grad_norm": 0.5},
     "lora": {"adapter": "lora"},
+    **({"qlora": {"adapter": "qlora"}} if importlib.util.find_spec("bitsandbytes") else {}),
 }
 INTERRUPTED: dict[str, dict[str, Any]] = {
     "full_with_dropout": {"dropout": 0.1},
     "lora_with_dropout": {"dropout": 0.1, "adapter": "lora"},
+    **(
+        {"qlora_with_dropout": {"dropout": 0.1, "adapter": "qlora"}}
+        if importlib.util.find_spec("bitsandbytes")
+        else {}
+    ),
 }
 # The logged losses are equal to a few last bits (1e-6) of an fp32 mean near 5.7.
 LOSS_TOLERANCE = 1e-5
@@ -79,7 +85,7 @@ def assert_same_trajectory(found: dict[str, Any], expected: dict[str, Any]) -> N
 
 
 def assert_wrap_order(result: dict[str, Any], outermost: str, case: str) -> None:
-    model = "PeftModel" if case == "lora" else "LlamaForCausalLM"
+    model = "PeftModel" if "lora" in case else "LlamaForCausalLM"
     assert result["wrap_order"] == [outermost, "TrainingForward", model]
 
 

@@ -178,6 +178,17 @@ def test_a_tiny_run_forgets_the_global_batch() -> None:
     assert tiny(base).train.global_batch_size is None
 
 
+def test_deepspeeds_launcher_means_zero2(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CROSS_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert zero.chosen(None) is None
+    assert zero.chosen("zero1") == "zero1"
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert zero.chosen(None) == "zero2"
+    assert zero.chosen("none") is None
+
+
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
-from ort_train import distributed
+from ort_train import distributed, quantization
 from ort_train.trainer import ORTTrainer, ORTTrainingArguments
 
 VOCAB, TOKENS, SAMPLES, GLOBAL_BATCH = 300, 32, 32, 8
@@ -89,7 +89,10 @@ def make_model(case: Case) -> Any:
             attn_implementation="eager" if case.dropout else "sdpa",
         )
     )
-    if case.adapter == "lora":
+    if case.adapter == "qlora":
+        quantization.quantize(model, quantization.Quantization())
+        quantization.prepare(model)
+    if case.adapter != "full":
         config = LoraConfig(
             r=8, lora_alpha=16, lora_dropout=case.dropout, target_modules=["q_proj", "v_proj"]
         )

@@ -1,0 +1,457 @@
+"""Whether a recipe fits: memory per rank, from sizes alone, before anything is loaded.
+
+What a training step needs is not guessed from a formula: it runs on tensors without data, whose
+storages are counted. Weights, gradients and optimizer states are counted as DeepSpeed 0.19 and
+DistributedDataParallel hold them. DeepSpeed's own estimator for ZeRO-2 knows neither adapters, nor
+4-bit weights, fp32 or activations, and accelerate's only whole models.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ort_train import quantization
+from ort_train.config import RunConfig
+from ort_train.errors import ConfigError, ModelError
+from ort_train.known_models import KNOWN_MODELS
+
+GIB = 2**30
+STRATEGIES = ("ddp", "zero1", "zero2", "zero2_offload")
+#: Elements of DeepSpeed's reduction buffer in the shipped configs, of which overlap_comm has two.
+_REDUCE_BUCKET = 50_000_000
+#: What a GPU process holds besides: CUDA's context, the math libraries' workspaces, NCCL's buffers.
+_PROCESS_BYTES = GIB
+# Measured on the CPU, see benchmarks/plan_check.json: ONNX Runtime's step takes 1.26 to 1.45 times
+# eager's memory, and its layerwise recompute keeps half of what torch's checkpoints give up.
+_ORT_STEP = 1.37
+_ORT_STILL_KEPT = 0.5
+#: Samples at which activations outweigh gradients, which don't grow with them.
+_LARGE_BATCH = 64
+#: Where the search for the largest micro batch ends.
+_MANY = 2**16
+
+
+@dataclass(frozen=True)
+class StepPeak:
+    """Bytes that a forward and backward pass needs beyond weights, by samples.
+
+    Attributes:
+        batch_sizes: that were measured, rising.
+        sizes: peak bytes of each.
+    """
+
+    batch_sizes: tuple[int, ...]
+    sizes: tuple[float, ...]
+
+    def at(self, batch_size: int) -> float:
+        """Between the measured ones, and beyond them: along straight lines."""
+        pairs = list(zip(self.batch_sizes, self.sizes, strict=True))
+        end = next((n for n in range(1, len(pairs)) if pairs[n][0] >= batch_size), len(pairs) - 1)
+        (low, low_size), (high, high_size) = pairs[end - 1], pairs[end]
+        return low_size + (batch_size - low) * (high_size - low_size) / (high - low)
+
+    def largest(self, budget: float) -> int:
+        """The most samples that stay within the bytes; 0: not even one."""
+        if self.at(1) > budget:
+            return 0
+        fits, too_many = 1, 2
+        while self.at(too_many) <= budget and too_many < _MANY:
+            fits, too_many = too_many, 2 * too_many
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if self.at(middle) <= budget else (fits, middle)
+        return fits
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of a model, and the memory of its training step beyond its states.
+
+    Attributes:
+        num_frozen: parameters that aren't trained and aren't quantized.
+        num_quantized: parameters that are stored in 4 bits.
+        weight_bytes: of each that isn't quantized.
+        step: peak of activations, temporaries and gradients.
+        sharded_step: the same where each gradient is given away as soon as it is there.
+        decoded_layer_bytes: of the largest quantized layer while it is multiplied.
+    """
+
+    num_trained: int
+    num_frozen: int
+    num_quantized: int
+    bits_per_quantized: float
+    weight_bytes: int
+    step: StepPeak
+    sharded_step: StepPeak
+    decoded_layer_bytes: int
+
+    @property
+    def stored_bytes(self) -> float:
+        """Of the weights of all kinds."""
+        plain = (self.num_trained + self.num_frozen) * self.weight_bytes
+        return plain + self.num_quantized * self.bits_per_quantized / 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of one rank, in bytes, under one strategy.
+
+    Attributes:
+        states_bytes: weights, optimizer states, ZeRO's fp32 copies, communication buffers.
+        step_bytes: activations, temporaries and gradients at their joint peak.
+        host_bytes: what offloading puts into the memory of each node.
+        max_micro_batch: samples per rank that fit; 0: not even one.
+    """
+
+    strategy: str
+    recompute: bool
+    states_bytes: float
+    step_bytes: float
+    host_bytes: float
+    max_micro_batch: int
+
+    @property
+    def total_bytes(self) -> float:
+        return self.states_bytes + self.step_bytes
+
+
+def estimate(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float | None) -> list[Estimate]:
+    """All strategies, with and without recomputed activations.
+
+    Args:
+        gpus: per node.
+        gpu_mem_gib: None: nothing is limited, and nothing but the step itself is counted (a CPU).
+
+    Raises:
+        ModelError: sizes that can't be known here, or a model that can't be made.
+    """
+    found = []
+    budget = None if gpu_mem_gib is None else gpu_mem_gib * GIB - _PROCESS_BYTES
+    half = config.train.precision != "fp32"
+    by_kind = {
+        for_deepspeed: {r: measure_sizes(config, r, for_deepspeed) for r in (False, True)}
+        for for_deepspeed in ((False, True) if half else (False,))
+    }
+    for recompute in (False, True):
+        for strategy in STRATEGIES:
+            by_recompute = by_kind[half and strategy != "ddp"]
+            sizes = by_recompute[recompute]
+            if config.train.backend in ("ort", "auto"):
+                sizes = _under_ort(sizes, by_recompute[False])
+            found.append(_estimate(sizes, strategy, recompute, config, gpus, nodes, budget))
+    return found
+
+
+def _under_ort(sizes: ModelSizes, kept: ModelSizes) -> ModelSizes:
+    """The same in ONNX Runtime's arena; `kept` is without recomputing."""
+
+    def step(ours: StepPeak, theirs: StepPeak) -> StepPeak:
+        pairs = zip(ours.sizes, theirs.sizes, strict=True)
+        sizes = (
+            _ORT_STEP * size + _ORT_STILL_KEPT * max(whole - size, 0.0) for size, whole in pairs
+        )
+        return StepPeak(ours.batch_sizes, tuple(sizes))
+
+    return replace(
+        sizes,
+        step=step(sizes.step, kept.step),
+        sharded_step=step(sizes.sharded_step, kept.sharded_step),
+    )
+
+
+def _estimate(
+    sizes: ModelSizes,
+    strategy: str,
+    recompute: bool,
+    config: RunConfig,
+    gpus: int,
+    nodes: int,
+    budget: float | None,
+) -> Estimate:
+    ranks = gpus * nodes
+    trained = sizes.num_trained
+    states = sizes.stored_bytes + sizes.decoded_layer_bytes
+    host = 0.0
+    if strategy == "ddp":
+        states += 2 * trained * sizes.weight_bytes
+        if ranks > 1:  # buckets that hold all gradients once more
+            states += trained * sizes.weight_bytes
+    else:
+        partition = trained / ranks
+        # The fp32 master copy, the two moments, and the gradient in fp32 for the step.
+        optimizer = (4 + 8 + 4) * partition
+        if strategy == "zero2_offload":
+            host = optimizer * gpus
+        else:
+            states += optimizer
+        if strategy != "zero1":
+            states += partition * sizes.weight_bytes
+            states += 2 * min(_REDUCE_BUCKET, trained) * sizes.weight_bytes
+    peak = sizes.sharded_step if strategy.startswith("zero2") else sizes.step
+    step = peak.at(config.train.micro_batch_size)
+    fits = peak.largest(budget - states) if budget is not None else 0
+    return Estimate(strategy, recompute, states, step, host, fits)
+
+
+def measure_sizes(config: RunConfig, recompute: bool, for_deepspeed: bool) -> ModelSizes:
+    """Counts the model, and runs its training step on tensors without data.
+
+    Args:
+        for_deepspeed: which holds the weights in the precision that is trained in.
+    """
+    quantized = quantization.of_run(config)
+    architecture, fields = model_fields(config)
+    dtype = getattr(torch, config.model.dtype)
+    if for_deepspeed and config.train.precision != "fp32":
+        dtype = torch.float16 if config.train.precision == "fp16" else torch.bfloat16
+    made = _make(config, architecture, fields, dtype)
+    layers = made.config.get_text_config().num_hidden_layers
+    trained = {n: p.numel() for n, p in made.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in made.parameters())
+    num_quantized, decoded = 0, 0
+    if quantized is not None:
+        # The linear layers of the base but its output, as `quantization.quantize` replaces them.
+        weights = [
+            part.weight.numel()
+            for name, part in made.named_modules()
+            if isinstance(part, torch.nn.Linear) and "lora_" not in name and "head" not in name
+        ]
+        num_quantized = sum(weights)
+        decoded = max(weights) * getattr(torch, quantized.compute_dtype).itemsize
+    micro = config.train.micro_batch_size
+    batch_sizes = tuple(sorted({1, micro, max(_LARGE_BATCH, 2 * micro)}))
+    few, some = min(layers, 2), min(layers, 4)
+    peaks = []
+    for keep_gradients in (True, False):
+        sizes = []
+        for batch in batch_sizes:
+            at = {
+                n: _step_bytes(
+                    config, architecture, {**fields, "num_hidden_layers": n}, dtype,
+                    batch, recompute, keep_gradients,
+                )
+                for n in {few, some}
+            }  # fmt: skip
+            per_layer = (at[some] - at[few]) / max(some - few, 1)
+            sizes.append(at[some] + (layers - some) * per_layer)
+        peaks.append(StepPeak(batch_sizes, tuple(sizes)))
+    num_trained = sum(trained.values())
+    return ModelSizes(
+        num_trained=num_trained,
+        num_frozen=total - num_trained - num_quantized,
+        num_quantized=num_quantized,
+        bits_per_quantized=quantized.bits_per_weight if quantized else 0.0,
+        weight_bytes=dtype.itemsize,
+        step=peaks[0],
+        sharded_step=peaks[1],
+        decoded_layer_bytes=decoded,
+    )
+
+
+def model_fields(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """Architecture and config fields of a recipe's model, without a download where known.
+
+    Raises:
+        ModelError: for a hub model that is neither known, cached nor reachable.
+    """
+    model = config.model
+    if model.name_or_path is None:
+        assert model.architecture is not None  # config.parse sees to it
+        fields = dict(model.config)
+        if model.vocab_size:
+            fields["vocab_size"] = max(model.vocab_size, fields.get("vocab_size", 0))
+        return model.architecture, fields
+    if model.name_or_path in KNOWN_MODELS:
+        architecture, known = KNOWN_MODELS[model.name_or_path]
+        return architecture, {**known, **model.config}
+    from transformers import AutoConfig
+
+    try:
+        loaded = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the sizes of {model.name_or_path} aren't known here and its config can't be loaded "
+            f"({str(error).splitlines()[0]}): plan on a machine that reaches the hub, or set "
+            "model.name_or_path=null with model.architecture and the sizes in model.config"
+        ) from error
+    fields = {name: value for name, value in loaded.to_diff_dict().items() if name != "model_type"}
+    return loaded.model_type, {**fields, **model.config}
+
+
+def _make(config: RunConfig, architecture: str, fields: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The model with its adapter, on the meta device: shapes and types, no data."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ort_train.adapters import apply_adapter
+
+    with _quiet():
+        made = AutoConfig.for_model(architecture, **{**fields, "use_cache": False})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                made, dtype=dtype, attn_implementation=config.model.attention
+            )
+            return apply_adapter(model, config.adapter).train()
+
+
+def _step_bytes(
+    config: RunConfig,
+    architecture: str,
+    fields: dict[str, Any],
+    dtype: torch.dtype,
+    batch: int,
+    recompute: bool,
+    keep_gradients: bool,
+) -> float:
+    """Peak of a forward and backward pass, beyond parameters and buffers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = _make(config, architecture, fields, dtype)
+    if recompute:
+        with _quiet():
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    compute = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.train.precision)
+    with _quiet(), FakeTensorMode():
+        _materialize(model)
+        if not keep_gradients:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        ids_BT = torch.zeros(batch, config.data.block_size, dtype=torch.long)
+        with _LiveBytes(model) as live:
+            with torch.autocast("cpu", dtype=compute, enabled=compute is not None):
+                attention_mask = torch.ones_like(ids_BT)
+                loss = model(input_ids=ids_BT, attention_mask=attention_mask, labels=ids_BT)[0]
+            loss.backward()
+        return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside of it, and remembers their highest sum.
+
+    torch's own torch.distributed._tools.MemTracker does the same by module, but can't take frozen
+    parameters (it registers gradient hooks on all; torch 2.13).
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._known.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self._now -= size
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _materialize(model: torch.nn.Module) -> None:
+    """Put data-less CPU tensors in the place of meta ones, which autocast doesn't know."""
+    made: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                    made[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def show(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float) -> bool:
+    """Print a recipe's plan as a table; returns whether the recipe fits in any way.
+
+    Raises:
+        ConfigError: for counts or sizes that aren't positive.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    given = {"--gpus": gpus, "--nodes": nodes, "--gpu-mem-gib": gpu_mem_gib}
+    if problems := [
+        f"{name} {value} should be above 0" for name, value in given.items() if value <= 0
+    ]:
+        raise ConfigError(problems)
+    estimates = estimate(config, gpus, nodes, gpu_mem_gib)
+    batch = config.train.micro_batch_size
+    table = Table(
+        title=f"{config.name}: {gpus * nodes} GPUs of {gpu_mem_gib:g} GiB, "
+        f"{config.data.block_size} tokens a sample, {config.train.precision}"
+    )
+    table.add_column("strategy")
+    table.add_column("recompute")
+    for head in ("states\nGiB", f"step, {batch} samples\nGiB", "a rank\nGiB", "host, a node\nGiB"):
+        table.add_column(head, justify="right")
+    table.add_column("fits")
+    table.add_column("largest\nmicro batch", justify="right")
+    for row in estimates:
+        sizes = (row.states_bytes, row.step_bytes, row.total_bytes, row.host_bytes)
+        table.add_row(
+            row.strategy,
+            "yes" if row.recompute else "no",
+            *(f"{size / GIB:.1f}" if size else "" for size in sizes),
+            "yes" if row.max_micro_batch >= batch else "no",
+            str(row.max_micro_batch),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"A rank has {gpu_mem_gib:g} GiB, less {_PROCESS_BYTES / GIB:g} for CUDA and NCCL."
+    )
+    best = next((row for row in estimates if row.max_micro_batch >= batch), None)
+    if best is None:
+        console.print(
+            "It doesn't fit: use a smaller data.block_size or train.micro_batch_size, "
+            "adapter.method=lora or qlora, or more GPUs."
+        )
+        return False
+    strategy = "torchrun" if best.strategy == "ddp" else f"train.deepspeed={best.strategy}"
+    extra = " train.ort={recompute: layerwise}" if best.recompute else ""
+    console.print(
+        f"It fits with {strategy}{extra}; up to train.micro_batch_size={best.max_micro_batch}."
+    )
+    return True

@@ -1,0 +1,102 @@
+"""Plans: sizes of the shipped models, memory that rises and falls as it must, the command."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ort_train import cli, plan
+from ort_train.config import RunConfig
+from ort_train.errors import ConfigError, ModelError
+from ort_train.known_models import KNOWN_MODELS
+from ort_train.recipes import list_recipes, load_recipe
+
+GIB = plan.GIB
+
+
+def _config(*overrides: str) -> RunConfig:
+    return load_recipe("quickstart", ["train.backend=eager", *overrides], tiny=True)
+
+
+def test_every_shipped_hub_model_is_known_with_its_size() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    configs = [load_recipe(info.path) for info in list_recipes()]
+    named = {config.model.name_or_path: config for config in configs if config.model.name_or_path}
+    assert named.keys() <= KNOWN_MODELS.keys()
+    for config in named.values():
+        architecture, fields = plan.model_fields(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields))
+        found = sum(p.numel() for p in model.parameters())
+        # num_parameters is given with three digits.
+        assert found == pytest.approx(config.model.num_parameters, rel=5e-3)
+
+
+def test_an_unknown_hub_model_names_the_way_out() -> None:
+    config = _config()
+    model = config.model.model_copy(update={"name_or_path": "nobody/nothing"})
+    with pytest.raises(ModelError, match=r"set model\.name_or_path=null with model\.architecture"):
+        plan.model_fields(config.model_copy(update={"model": model}))
+
+
+def test_states_are_counted_as_they_are_held() -> None:
+    config = _config()
+    by_name = {e.strategy: e for e in plan.estimate(config, 4, 2, 16.0) if not e.recompute}
+    num = plan.measure_sizes(config, recompute=False, for_deepspeed=False).num_trained
+    # fp32: weights, two moments, DistributedDataParallel's buckets.
+    assert by_name["ddp"].states_bytes == 16 * num
+    assert by_name["zero1"].states_bytes == 4 * num + 16 * num / 8
+    # A gradient's share; two buffers that hold at most all gradients.
+    assert by_name["zero2"].states_bytes == 4 * num + 20 * num / 8 + 8 * num
+    assert by_name["zero2_offload"].states_bytes == 4 * num + 4 * num / 8 + 8 * num
+    assert by_name["zero2_offload"].host_bytes == 16 * num / 8 * 4
+    assert by_name["zero2"].step_bytes <= by_name["zero1"].step_bytes
+
+
+def test_adapters_and_four_bits_take_less() -> None:
+    lora = ("adapter.method=lora", "adapter.target_modules=[q_proj, v_proj]")
+    full, adapted, quantized = (
+        plan.measure_sizes(_config(*overrides), recompute=False, for_deepspeed=False)
+        for overrides in ((), lora, ("adapter.method=qlora", lora[1]))
+    )
+    assert adapted.num_trained < full.num_trained / 10
+    assert adapted.num_trained + adapted.num_frozen > full.num_trained
+    assert quantized.stored_bytes < adapted.stored_bytes
+    assert quantized.num_quantized + quantized.num_frozen == adapted.num_frozen
+    assert adapted.step.at(2) < full.step.at(2)
+
+
+def test_recomputing_saves_and_samples_cost() -> None:
+    kept, recomputed = (
+        plan.measure_sizes(_config(), recompute, for_deepspeed=False).step for recompute in (0, 1)
+    )
+    assert recomputed.at(64) < kept.at(64)
+    assert kept.at(1) < kept.at(2) < kept.at(200)
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    peak = plan.StepPeak((1, 2, 64), (100.0, 100.0, 720.0))
+    assert peak.at(33) == pytest.approx(410.0)
+    for budget in (100.0, 250.0, 719.0, 5000.0):
+        largest = peak.largest(budget)
+        assert peak.at(largest) <= budget < peak.at(largest + 1)
+    assert peak.largest(99.0) == 0
+
+
+def test_the_command_says_whether_it_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["plan", "bench_llama_256", "--gpus", "2", "--gpu-mem-gib", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "2 GPUs of 8 GiB" in text
+    assert "It fits with torchrun" in text
+    assert cli.main(["plan", "bench_llama_256", "--gpus", "2", "--gpu-mem-gib", "1.01"]) == 1
+    assert "doesn't fit" in capsys.readouterr().out
+
+
+def test_counts_below_one_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan.show(_config(), gpus=0, nodes=-1, gpu_mem_gib=8)
+    assert len(caught.value.problems) == 2
