@@ -89,6 +89,7 @@ def run_benchmark(
             "versions": records.versions(),
             "git_sha": git_sha,
             "git_dirty": git_dirty,
+            "environment": records.thread_variables(),
             "recipe": config.name,
             "model": prepared.get("model"),
             "data": prepared.get("data"),

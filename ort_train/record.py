@@ -122,6 +122,7 @@ class Record(BaseModel):
     versions: dict[str, str | None]
     git_sha: str | None
     git_dirty: bool | None
+    environment: dict[str, str] = {}  # variables about threads
     recipe: str
     model: ModelInfo | None  # null where no case came as far as a model
     data: str | None  # which corpus, in words
@@ -238,6 +239,12 @@ def _os() -> str:
     except (OSError, KeyError):
         system = platform.system()
     return f"{system}, {platform.machine()}"
+
+
+def thread_variables() -> dict[str, str]:
+    """The variables that tell the threads of torch and its libraries how many to be and to wait."""
+    prefixes = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(prefixes)}
 
 
 def versions() -> dict[str, str | None]:
