@@ -986,3 +986,11 @@ def test_options_that_the_device_cannot_honour(tiny_llama: MakeModel):
     with pytest.raises(ConfigError, match=r"(?s)triton works on CUDA.*flash_attention works on"):
         wrap(model, backend="ort", options=OrtOptions(triton=True, flash_attention=True))
     assert taken_over(model) is None
+
+
+def test_a_backward_hook_of_a_submodule_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    model[0].register_full_backward_hook(lambda module, inputs, outputs: None)
+    wrap(model, "ort")
+    with pytest.raises(UnsupportedModelError, match="submodule '0' of Sequential has a backward"):
+        model(torch.randn(2, 4))

@@ -98,6 +98,7 @@ class OrtForward:
 
     def _new_engine(self, key: Any, schema: CallSchema) -> Engine:
         _refuse_half_precision(self.module)
+        _refuse_backward_hooks(self.module)
         if len(self.engines) >= self.options.max_graphs:
             raise UnsupportedModelError(
                 f"{len(self.engines)} training graphs were built for "
@@ -136,6 +137,17 @@ def _refuse_half_precision(module: torch.nn.Module) -> None:
                 f"parameter {name!r} of {type(module).__name__} is {parameter.dtype}, and ONNX "
                 "Runtime's CPU kernels compute in fp32 only: load or convert the model to "
                 "torch.float32, or train it with backend='compile' or 'eager'"
+            )
+
+
+def _refuse_backward_hooks(module: torch.nn.Module) -> None:
+    """Forward hooks are traced with the module; a graph's backward passes no submodule."""
+    for name, part in module.named_modules():
+        if part is not module and (part._backward_hooks or part._backward_pre_hooks):
+            raise UnsupportedModelError(
+                f"submodule {name!r} of {type(module).__name__} has a backward hook, which a graph "
+                "of backend 'ort' would never call: remove it, hook the module itself or its "
+                "parameters (Tensor.register_hook), or train with backend='compile' or 'eager'"
             )
 
 
