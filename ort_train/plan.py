@@ -450,7 +450,7 @@ def show(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float) -> bool:
         )
         return False
     strategy = "torchrun" if best.strategy == "ddp" else f"train.deepspeed={best.strategy}"
-    extra = " train.ort={recompute: layerwise}" if best.recompute else ""
+    extra = " train.ort.recompute=layerwise" if best.recompute else ""
     console.print(
         f"It fits with {strategy}{extra}; up to train.micro_batch_size={best.max_micro_batch}."
     )

@@ -161,21 +161,18 @@ def test_a_stopped_job_ends_with_its_code_and_continues(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("launcher", "deepspeed"), [("torchrun", "null"), ("deepspeed", "zero2")])
-def test_one_rank_with_a_signal_stops_all(tmp_path: Path, launcher: str, deepspeed: str) -> None:
-    if launcher == "deepspeed":
-        pytest.importorskip("deepspeed")
+def test_one_rank_with_a_signal_stops_all(tmp_path: Path) -> None:
+    """Signals to the launchers, and DeepSpeed's: tests of the job files."""
     log = tmp_path / "run.log"
-    options = (*MANY_STEPS, f"train.deepspeed={deepspeed}")
-    with _started(launcher, tmp_path / "run", *options) as process:
+    with _started("torchrun", tmp_path / "run", *MANY_STEPS) as process:
         _wait_until(lambda: "step 3/" in log.read_text(), process, log)
         ranks = _ranks(process)
         assert len(ranks) == 2
         ranks[1].send_signal(signal.SIGTERM)
         code = process.wait(timeout=90)
     text = log.read_text()
-    # torchrun has one code, 1, for whatever its ranks end with; it reports theirs.
-    assert code == {"torchrun": 1, "deepspeed": StoppedBySignal.EXIT_CODE}[launcher], text[-4000:]
+    assert code == 1, "torchrun's code whatever its ranks end with"
+    assert text.count(f"exitcode  : {StoppedBySignal.EXIT_CODE} ") >= 1, text[-4000:]
     assert "ended the run after step" in text
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert {file.name for file in checkpoint.glob("rng_state_*")} == {

@@ -90,8 +90,9 @@ def make_model(case: Case) -> Any:
         )
     )
     if case.adapter == "qlora":
-        quantization.quantize(model, quantization.Quantization())
-        quantization.prepare(model)
+        nf4 = quantization.Quantization()
+        quantization.quantize(model, nf4)
+        quantization.prepare(model, nf4)
     if case.adapter != "full":
         config = LoraConfig(
             r=8, lora_alpha=16, lora_dropout=case.dropout, target_modules=["q_proj", "v_proj"]
