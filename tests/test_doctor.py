@@ -92,7 +92,7 @@ def test_an_onnxruntime_with_files_missing_is_a_problem(monkeypatch):
 
 
 def test_ranges_come_from_the_packages_own_metadata(versions):
-    versions.update({"torch": "2.4.1", "peft": None, "tqdm": "0.1", "transformers": "5.0.0rc1"})
+    versions.update({"torch": "2.4.1", "peft": None, "tqdm": "0.1", "transformers": "5.1.0rc1"})
     findings = list(checks.check_packages())
     assert named(findings, "torch").status == "problem"
     required = next(r for r in importlib.metadata.requires("ort_train") if r.startswith("torch<"))
