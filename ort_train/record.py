@@ -298,7 +298,6 @@ def command() -> str:
 
 def scrub(text: str) -> str:
     """Shorten the directories of this machine, so that a record can be published."""
-    # From the innermost out: an environment often stands inside the checkout.
     directories = {
         sys.prefix: "<env>",
         sys.base_prefix: "<python>",
@@ -307,7 +306,8 @@ def scrub(text: str) -> str:
         str(Path.cwd()): ".",
         str(Path.home()): "~",
     }
-    for directory, short in directories.items():
+    # From the innermost out: an environment may stand in the checkout, that in the temporary one.
+    for directory, short in sorted(directories.items(), key=lambda item: -len(item[0])):
         if len(directory) > 1:  # "/" as home or working directory names nothing
             text = text.replace(directory, short)
     return _OTHER_DIRECTORIES.sub("", text)
