@@ -10,6 +10,7 @@ from ort_train.config import RunConfig
 from ort_train.errors import ConfigError, ModelError
 from ort_train.known_models import KNOWN_MODELS
 from ort_train.recipes import list_recipes, load_recipe
+from ort_train.step_memory import StepPeak
 
 GIB = plan.GIB
 
@@ -76,7 +77,7 @@ def test_recomputing_saves_and_samples_cost() -> None:
 
 
 def test_the_largest_batch_is_the_last_that_fits() -> None:
-    peak = plan.StepPeak((1, 2, 64), (100.0, 100.0, 720.0))
+    peak = StepPeak((1, 2, 64), (100.0, 100.0, 720.0))
     assert peak.at(33) == pytest.approx(410.0)
     for budget in (100.0, 250.0, 719.0, 5000.0):
         largest = peak.largest(budget)
