@@ -45,8 +45,11 @@ def required_bytes(model: torch.nn.Module, with_optimizer: bool = True) -> int:
     return weights + copies * trained + _SMALL_FILES_BYTES
 
 
-def check_room(folder: str | Path, num_bytes: int) -> None:
+def check_room(folder: str | Path, num_bytes: int, what: str = "a checkpoint") -> None:
     """Refuse to start writing what doesn't fit.
+
+    Args:
+        what: is to be written, for the message.
 
     Raises:
         CheckpointError: naming the need and what is free.
@@ -56,10 +59,11 @@ def check_room(folder: str | Path, num_bytes: int) -> None:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
+        less = ", or save less (save_only_model, save_total_limit)" if "checkpoint" in what else ""
         raise CheckpointError(
-            f"a checkpoint needs {num_bytes / 2**30:.2f} GiB and {existing.name or '/'!r} has "
-            f"{free / 2**30:.2f} GiB free: free some room, choose another output folder, or save "
-            "less (save_only_model, save_total_limit). Nothing was written"
+            f"{what} needs {num_bytes / 2**30:.2f} GiB and {existing.name or '/'!r} has "
+            f"{free / 2**30:.2f} GiB free: free some room, or choose another output folder{less}. "
+            "Nothing was written"
         )
 
 

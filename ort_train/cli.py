@@ -94,6 +94,23 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     )
     merge.set_defaults(run=_merge)
 
+    export = commands.add_parser(
+        "export",
+        help="write a trained run or a transformers model as an ONNX decoder",
+        description="Write a run (an adapter is merged first) or the folder of a transformers "
+        "model as an ONNX decoder with KV cache. Its logits are compared with PyTorch's; where "
+        "they differ, nothing is kept.",
+    )
+    export.add_argument("source", metavar="RUN_OR_MODEL_DIR")
+    export.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    export.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="of weights, computation and cache (default fp32)",
+    )
+    export.set_defaults(run=_export)
+
     plan = commands.add_parser(
         "plan",
         help="whether a recipe fits on given GPUs, without loading its weights",
@@ -140,6 +157,25 @@ def _merge(args: argparse.Namespace) -> int:
 
     print(merge(args.folder, args.out, args.base))
     return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ort_train.inference.export import describe, export_model
+
+    _quiet_transformers()
+    exported = export_model(
+        args.source, args.out, args.precision, show_progress=sys.stderr.isatty()
+    )
+    print(describe(exported))
+    return 0
+
+
+def _quiet_transformers() -> None:
+    """Its hints are about code, and its bars about reading files; the commands have their own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _recipes(args: argparse.Namespace) -> int:

@@ -41,6 +41,14 @@ class CheckpointError(OrtTrainError, ValueError):
     """An output directory or checkpoint that can't be used as asked."""
 
 
+class ExportError(OrtTrainError, ValueError):
+    """A model that can't be exported, or a folder that is no whole exported model."""
+
+
+class GenerationError(OrtTrainError, ValueError):
+    """Prompts or options that can't be generated from."""
+
+
 class UnsupportedModelError(OrtTrainError, RuntimeError):
     """ORTModule can't take the module; names the operator and the way out."""
 

@@ -48,8 +48,8 @@ _BOS, _EOS, _PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 _TOKENIZER_FORMAT = 1  # part of the cache's key: raise it when the training changes
 
 # What reading weights raises: the latter three where a file isn't what its name says.
-_LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, ImportError)
-_LOAD_ERRORS += (SafetensorError, UnpicklingError, EOFError)
+LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, ImportError)
+LOAD_ERRORS += (SafetensorError, UnpicklingError, EOFError)
 
 # Sizes of a tiny model, by the names that architectures give them; only those that a config has
 # are set. The number of key-value heads keeps to one of: all, half, or one.
@@ -221,7 +221,7 @@ def load_model(
             )
         else:
             made = AutoModelForCausalLM.from_config(config, **options)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(_refusal(model, error)) from error
     for field in _SPECIAL_IDS:
         if made.generation_config is not None and getattr(made.generation_config, field) is None:

@@ -1,0 +1,355 @@
+"""Exported decoders compute what PyTorch's do, or aren't kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import FUSED, MAX_POSITIONS, WINDOW, make_decoder, save_decoder
+from transformers import AutoTokenizer
+
+from ort_train.cli import main
+from ort_train.errors import CheckpointError, ExportError
+from ort_train.inference import export_model, fused, load_folder, parity
+from ort_train.inference.folder import DATA_FILE, INFO_FILE, MODEL_FILE, load_graph
+from ort_train.inference.session import DecoderSession
+
+# fp32 sums in another order, on logits of some 1 to 10: seen is 1e-6.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    save_decoder(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(llama, tmp_path_factory.mktemp("exported") / "llama").path
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def torch_logits(model: Any, row: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([row])).logits[0, -1].numpy()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_graph_has_pytorch_logits(name: str, tmp_path: Path) -> None:
+    model_type, fields = FUSED[name]
+    model = save_decoder(tmp_path / "model", model_type, **fields)
+    exported = export_model(tmp_path / "model", tmp_path / "out")
+    assert exported.info.kind == "fused"
+    assert exported.info.parity is not None
+    assert exported.info.parity.decode_steps == 32
+    assert len(set(exported.info.parity.prompt_lengths)) == 3
+    assert exported.info.parity.logits_max_abs < TOLERANCE
+    # Once more, apart from the gate's own code: prompts of unequal lengths, then a step.
+    rows = [list(range(7, 7 + 3 * WINDOW)), [5, 9], [250]]
+    decoding = DecoderSession(exported, num_threads=1).start(rows, 3 * WINDOW + 1)
+    for row, logits in zip(rows, decoding.logits, strict=True):
+        assert np.abs(torch_logits(model, row) - logits).max() < TOLERANCE
+    decoding.step([3, 4, 5])
+    for row, token, logits in zip(rows, [3, 4, 5], decoding.logits, strict=True):
+        assert np.abs(torch_logits(model, [*row, token]) - logits).max() < TOLERANCE
+
+
+def test_windows_are_recorded(tmp_path: Path) -> None:
+    save_decoder(tmp_path / "model", "qwen2", **FUSED["qwen2 windows"][1])
+    info = export_model(tmp_path / "model", tmp_path / "out").info
+    assert info.sliding_windows == [None, WINDOW]
+
+
+def test_a_window_that_is_off_by_one_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_decoder(tmp_path / "model", "mistral", sliding_window=WINDOW)
+    right = fused.plan
+
+    def wrong(config: Any) -> Any:
+        made = right(config)
+        made.windows[:] = [WINDOW + 1] * made.num_layers
+        return made
+
+    monkeypatch.setattr(fused, "plan", wrong)
+    with pytest.raises(ExportError, match=r"differ from PyTorch's by .* no file is kept"):
+        export_model(tmp_path / "model", tmp_path / "out")
+    assert left_over(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_wrong_epsilon_is_seen(
+    precision: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    right = fused.plan
+    monkeypatch.setattr(fused, "plan", lambda c: dataclasses.replace(right(c), eps=0.05))
+    with pytest.raises(ExportError, match="no file is kept"):
+        export_model(llama, tmp_path / "out", precision)
+    assert left_over(tmp_path) == []
+
+
+def test_a_logit_that_is_nan_is_refused(llama: Path, tmp_path: Path) -> None:
+    expected = parity.reference(make_decoder("llama"), MAX_POSITIONS, [None])
+    expected.logits[1][3, 5] = np.nan
+    with pytest.raises(ExportError, match="by nan"):
+        parity.check(export_model(llama, tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "gemma", "qwen3"])
+def test_half_precision(name: str, tmp_path: Path) -> None:
+    model_type, fields = FUSED[name]
+    save_decoder(tmp_path / "model", model_type, **fields)
+    exported = export_model(tmp_path / "model", tmp_path / "out", "fp16")
+    whole = export_model(tmp_path / "model", tmp_path / "whole")
+    assert exported.info.precision == "fp16"
+    assert exported.info.cache_dtype == "float16"
+    # Small weights have the same constants beside them.
+    assert exported.num_bytes < 0.55 * whole.num_bytes
+    assert exported.info.parity is not None
+    assert whole.info.parity is not None
+    assert exported.info.parity.logits_max_abs > whole.info.parity.logits_max_abs
+
+
+def test_weights_lie_in_the_data_file_once(tmp_path: Path) -> None:
+    model = save_decoder(tmp_path / "model", "llama", tie_word_embeddings=True)
+    exported = export_model(tmp_path / "model", tmp_path / "out")
+    graph = load_graph(exported.path).graph
+    assert all(tensor.external_data or len(tensor.raw_data) < 1024 for tensor in graph.initializer)
+    tables = 2 * MAX_POSITIONS * 8 * 4  # cosines and sines
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    padding = 4096 * len(graph.initializer)
+    size = (exported.path / DATA_FILE).stat().st_size
+    assert weights <= size + 4096 * 2 <= weights + tables + padding + 4096 * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sharded_weights_in_half_precision_are_exported_as_fp32(dtype: str, tmp_path: Path) -> None:
+    model = make_decoder("llama").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    said: list[str] = []
+    exported = export_model(tmp_path / "model", tmp_path / "out", say=said.append)
+    assert exported.info.parity is not None
+    assert exported.info.parity.logits_max_abs < TOLERANCE
+    assert "no tokenizer is exported" in said[0]
+    with pytest.raises(ExportError, match="no tokenizer that can be loaded"):
+        exported.load_tokenizer()
+
+
+def test_folder_is_complete(llama: Path, exported_llama: Path) -> None:
+    assert left_over(exported_llama) == [
+        "config.json",
+        "genai_config.json",
+        "generation_config.json",
+        MODEL_FILE,
+        DATA_FILE,
+        INFO_FILE,
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    exported = load_folder(exported_llama)
+    assert exported.load_config().model_type == "llama"
+    assert len(exported.load_tokenizer()) == len(AutoTokenizer.from_pretrained(llama))
+    genai = json.loads((exported_llama / "genai_config.json").read_text())
+    decoder = genai["model"]["decoder"]
+    assert decoder["head_size"] == 16
+    assert set(decoder["inputs"]) == {
+        "input_ids", "attention_mask", "past_key_names", "past_value_names",
+    }  # fmt: skip
+    assert genai["search"]["past_present_share_buffer"] is True
+    assert genai["model"]["eos_token_id"] == 1
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ort_train import job
+    from ort_train.recipes import load_recipe
+
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    settings = [
+        "measure.baselines=[]",
+        "data.source=offline",
+        "train.max_steps=3",
+        "train.learning_rate=0.05",  # for an adapter that changes something
+        "train.ort={num_threads: 1}",
+        f"output.dir={folder}",
+    ]
+    job.run(load_recipe("quickstart_lora", settings, tiny=True))
+    return folder
+
+
+def test_a_run_with_an_adapter_is_merged(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ort_train.merge import merge
+
+    assert main(["export", str(lora_run), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "merged the adapter" in said
+    assert "fused fp32 graph of llama" in said
+    assert left_over(tmp_path) == ["out"]
+    merge(lora_run, tmp_path / "merged")
+    same = export_model(tmp_path / "merged", tmp_path / "same")
+    assert (same.path / DATA_FILE).read_bytes() == (tmp_path / "out" / DATA_FILE).read_bytes()
+
+
+def test_a_run_that_trained_the_whole_model(llama: Path, lora_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copyfile(lora_run / "config.yaml", tmp_path / "run" / "config.yaml")
+    shutil.copytree(llama, tmp_path / "run" / "model")
+    assert export_model(tmp_path / "run", tmp_path / "out").info.architecture == "llama"
+
+
+def test_what_is_no_model_is_refused(llama: Path, lora_run: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match="is no folder"):
+        export_model(tmp_path / "nowhere", out)
+    with pytest.raises(ExportError, match=r"neither a config\.yaml.* nor transformers' config"):
+        export_model(empty, out)
+    with pytest.raises(ExportError, match="an adapter without its base"):
+        export_model(lora_run / "model", out)
+    (empty / "config.json").write_text("{")
+    with pytest.raises(ExportError, match="can't read the config"):
+        export_model(empty, out)
+    (empty / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ExportError, match="is a t5, which is no causal language model"):
+        export_model(empty, out)
+    (empty / "config.json").write_bytes((llama / "config.json").read_bytes())
+    with pytest.raises(ExportError, match="can't load the model"):
+        export_model(empty, out)
+    assert not out.exists()
+
+
+def test_quantized_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="quantized weights"):
+        export_model(tmp_path / "model", tmp_path / "out")
+
+
+def test_missing_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llama, tmp_path / "model")
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"lacks 1 .* \(model.layers.1.mlp.up_proj.weight"):
+        export_model(tmp_path / "model", tmp_path / "out")
+
+
+def test_nothing_is_overwritten(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ExportError, match="is not an empty folder"):
+        export_model(llama, tmp_path)
+    assert left_over(tmp_path) == ["mine.txt"]
+
+
+def test_a_full_disk_is_found_before_anything_is_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="the exported model needs"):
+        export_model(llama, tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
+def test_an_interrupted_export_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parity, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(llama, tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"head_dim": 24}, "its head_dim 24 is no multiple of 16"),
+        (
+            {"head_dim": 48, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+             "short_factor": [1.0] * 24, "long_factor": [2.0] * 24,
+             "original_max_position_embeddings": 64, "factor": 2.0}},
+            "'longrope' changes with the length",
+        ),
+        ({"hidden_act": "tanh"}, "its activation 'tanh' is none of"),
+    ],
+)  # fmt: skip
+def test_what_has_no_fused_graph_is_said(
+    fields: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    save_decoder(tmp_path / "model", "llama", **fields)
+    with pytest.raises(ExportError, match=reason):
+        export_model(tmp_path / "model", tmp_path / "out")
+    assert left_over(tmp_path) == ["model"]
+
+
+def test_unknown_choices_are_named(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="precision 'int3' should be one of fp32, fp16"):
+        export_model(llama, tmp_path / "out", "int3")
+
+
+def test_a_damaged_folder_is_refused(exported_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"is no exported model, as it has no {MODEL_FILE}"):
+        load_folder(tmp_path)
+
+    def damaged(name: str) -> Path:
+        folder = tmp_path / name.replace(" ", "-")
+        return Path(shutil.copytree(exported_llama, folder))
+
+    folder = damaged("cut off data")
+    data = folder / DATA_FILE
+    with data.open("r+b") as file:
+        file.truncate(data.stat().st_size - 1)
+    with pytest.raises(ExportError, match=rf"{DATA_FILE}' is cut off: it has \d+ bytes"):
+        load_folder(folder)
+    data.unlink()
+    with pytest.raises(ExportError, match=f"has no {DATA_FILE}"):
+        load_folder(folder)
+    folder = damaged("cut off graph")
+    graph = (folder / MODEL_FILE).read_bytes()
+    for half in (graph[: len(graph) // 2], b"", b"no graph"):
+        (folder / MODEL_FILE).write_bytes(half)
+        with pytest.raises(ExportError, match=f"{MODEL_FILE}' is damaged"):
+            load_folder(folder)
+    folder = damaged("description")
+    info = json.loads((folder / INFO_FILE).read_text())
+    for content, message in (
+        ("{", "can't be read"),
+        ("[]", "has schema 'list'"),
+        (json.dumps(info | {"schema": 2}), "has schema 2, this version reads 1"),
+        (json.dumps(info | {"num_layers": "many"}), "num_layers"),
+        (json.dumps(info | {"inputs": ["ids"]}), "differ in the inputs"),
+    ):
+        (folder / INFO_FILE).write_text(content)
+        with pytest.raises(ExportError, match=message):
+            load_folder(folder)
+
+
+def test_errors_of_the_command_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("ort-train: ")
