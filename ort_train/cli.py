@@ -124,6 +124,18 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     plan.add_argument("--gpu-mem-gib", type=float, required=True, help="GiB of each GPU")
     plan.set_defaults(run=_plan)
 
+    optimize = commands.add_parser(
+        "optimize",
+        help="apply graph passes to an ONNX model, with a report of what they changed",
+        description="Apply onnxoptimizer's passes to an ONNX model of any size. Each is also "
+        "applied alone, and its effect told; the outputs on random inputs must stay the same.",
+    )
+    if command == "optimize":
+        from ort_train.inference import optimize as optimize_command
+
+        optimize_command.add_arguments(optimize)
+        optimize.set_defaults(run=optimize_command.main)
+
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.add_argument("name", nargs="?", help="show this recipe, resolved")
     recipes.set_defaults(run=_recipes)
