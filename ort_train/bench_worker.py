@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ort_train.config import RunConfig
+    from ort_train.distillation import Distiller
 
 
 def main() -> int:
@@ -102,8 +103,10 @@ class Session:
         can_run, reason = available(train.backend, train.precision, self.device.type)
         if not can_run:
             raise BackendUnavailableError(reason)
-        self.model, self.batches, self.data = build(self.config, num_batches)
+        self.model, self.batches, self.data, self.distiller = build(self.config, num_batches)
         self.model.to(self.device).train()
+        if self.distiller is not None:
+            self.distiller.teacher.to(self.device)
         self.step = 0
 
     def start(self) -> dict[str, Any]:
@@ -194,7 +197,10 @@ class Session:
 
     def _forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        loss = self.module(**inputs).loss
+        if self.distiller is None:
+            loss = self.module(**inputs).loss
+        else:
+            loss = self.distiller.step_loss(self.module, inputs)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -221,17 +227,18 @@ class Session:
 
 def build(
     config: RunConfig, num_batches: int
-) -> tuple[PreTrainedModel, list[dict[str, torch.Tensor]], str]:
+) -> tuple[PreTrainedModel, list[dict[str, torch.Tensor]], str, Distiller | None]:
     """The run's model, from its seed, without dropout, and its first batches.
 
     Returns:
         The model on the CPU; up to `num_batches` batches of column -> tensor of
-        (micro_batch_size, block_size); the data's source in words.
+        (micro_batch_size, block_size); the data's source in words; the teacher, if there is one.
     """
     import torch
 
     from ort_train import quantization
     from ort_train.adapters import apply_adapter
+    from ort_train.distillation import load_distiller
     from ort_train.models import load_model
     from ort_train.samples import make_samples
 
@@ -256,7 +263,10 @@ def build(
     for start in range(0, max(len(rows) - size + 1, 1), size):
         indices = [index % len(rows) for index in range(start, start + size)]
         batches.append(samples.collate([rows[index] for index in indices]))
-    return model, batches, samples.source
+    distiller = None
+    if config.distill.teacher is not None:
+        distiller = load_distiller(config, samples.tokenizer, model)
+    return model, batches, samples.source, distiller
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

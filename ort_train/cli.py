@@ -20,7 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(arguments[0] if arguments else "")
-    args = parser.parse_args(arguments)
+    args, others = parser.parse_known_args(arguments)
+    # argparse takes positional words in one piece only: overrides may stand behind options, too.
+    if hasattr(args, "overrides") and all(_is_override(word) for word in others):
+        args.overrides = [*args.overrides, *others]
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
@@ -40,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ort-train: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def make_parser(command: str = "") -> argparse.ArgumentParser:
@@ -123,6 +132,18 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     plan.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
     plan.add_argument("--gpu-mem-gib", type=float, required=True, help="GiB of each GPU")
     plan.set_defaults(run=_plan)
+
+    prune = commands.add_parser(
+        "prune",
+        help="zero a transformers model's smallest weights, and train on with them at zero",
+        description="Magnitude pruning of the linear layers, 2 of each 4 weights or a share of "
+        "all, with perplexity and speed before and after; --steps trains on with the zeros kept.",
+    )
+    if command == "prune":
+        from ort_train import prune as prune_command
+
+        prune_command.add_arguments(prune)
+        prune.set_defaults(run=prune_command.main)
 
     optimize = commands.add_parser(
         "optimize",

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -143,6 +143,17 @@ class AdapterConfig(_Section):
     """What they are decoded to and multiplied in; None: as `train.precision`."""
 
 
+class DistillConfig(_Section):
+    """A teacher whose predictions the model learns beside the text."""
+
+    teacher: ModelConfig | None = None
+    """As the section `model`; frozen. Its tokenizer is the model's. None: no distillation."""
+    temperature: PositiveFloat | None = None
+    """Of both predictions; None: 2."""
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The text's share of the loss, the teacher having the rest; None: 0.5."""
+
+
 class TrainConfig(_Section):
     """The training loop."""
 
@@ -172,6 +183,8 @@ class TrainConfig(_Section):
     """Gradients are scaled down to this norm; 0: they are left as they are."""
     optimizer: Annotated[str, _one_of(OPTIMIZERS)] = "adamw_torch_fused"
     """One of transformers' OptimizerNames, or adamw_ort_fused."""
+    keep_zeros: bool = False
+    """Whether weights of a pruned model that are 0 stay so."""
     seed: NonNegativeInt = 42
     logging_steps: PositiveInt = 10
     """Optimizer steps between log lines."""
@@ -219,6 +232,7 @@ class RunConfig(_Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     adapter: AdapterConfig = AdapterConfig()
+    distill: DistillConfig = DistillConfig()
     train: TrainConfig = TrainConfig()
     measure: MeasureConfig = MeasureConfig()
     output: OutputConfig = OutputConfig()
@@ -231,13 +245,21 @@ class RunConfig(_Section):
 
 def keys() -> list[str]:
     """Every key a recipe may hold, dotted: ``model.architecture``."""
+    return _keys(RunConfig)
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
     names = []
-    for name, field in RunConfig.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, _Section):
-            names += [f"{name}.{key}" for key in section.model_fields]
-        else:
-            names.append(name)
+    for name, field in section.model_fields.items():
+        below = next(
+            (
+                kind
+                for kind in (field.annotation, *get_args(field.annotation))
+                if isinstance(kind, type) and issubclass(kind, _Section)
+            ),
+            None,
+        )
+        names += [name] if below is None else [f"{name}.{key}" for key in _keys(below)]
     return names
 
 
@@ -329,7 +351,8 @@ def _near_key(path: _Path) -> str:
     ]
     if near:
         return f"did you mean {_dotted((*path[:-1], near[0]))}?"
-    leaves = {key.rpartition(".")[2]: key for key in known}
+    # The nearest to the top of those with one name: model.config before distill.teacher.config.
+    leaves = {key.rpartition(".")[2]: key for key in sorted(known, key=lambda k: -k.count("."))}
     if elsewhere := difflib.get_close_matches(name, leaves, n=1, cutoff=0.8):
         return f"did you mean {leaves[elsewhere[0]]}?"
     return f"{f'section {section} has' if section else 'there are'} {', '.join(siblings)}"

@@ -32,6 +32,13 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             ("model.revision", "model.name_or_path"),
             f"model.revision {model.revision} needs model.name_or_path: set that, or remove it",
         )
+    teacher = config.distill.teacher
+    if teacher and not teacher.name_or_path and not teacher.architecture:
+        yield (
+            ("distill.teacher.name_or_path", "distill.teacher.architecture"),
+            "no teacher: set distill.teacher.name_or_path to load one, "
+            "distill.teacher.architecture to make one, or distill.teacher=null",
+        )
     vocab_size = model.config.get("vocab_size")
     if model.vocab_size and isinstance(vocab_size, int) and vocab_size < model.vocab_size:
         yield (
@@ -72,7 +79,29 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _ignored(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that nothing would read."""
-    adapter, data = config.adapter, config.data
+    adapter, data, distill = config.adapter, config.data, config.distill
+    if distill.teacher is None:
+        for key in ("temperature", "alpha"):
+            if (value := getattr(distill, key)) is not None:
+                yield (
+                    (f"distill.{key}", "distill.teacher"),
+                    f"distill.{key} {value} is read with a distill.teacher only: name one, or set "
+                    f"distill.{key}=null",
+                )
+    else:
+        for key in ("tokenizer", "vocab_size"):
+            if (value := getattr(distill.teacher, key)) is not None:
+                yield (
+                    (f"distill.teacher.{key}",),
+                    f"distill.teacher.{key} {value} isn't read, as both models have one tokenizer: "
+                    f"set model.{key} in place of it",
+                )
+    if config.train.keep_zeros and adapter.method != "none":
+        yield (
+            ("train.keep_zeros", "adapter.method"),
+            f"train.keep_zeros is for trained weights, and adapter.method {adapter.method} leaves "
+            "them as they are: set train.keep_zeros=false",
+        )
     if adapter.method != "qlora":
         for key in ("quant_type", "double_quant", "compute_dtype"):
             if (value := getattr(adapter, key)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.record import replacing
 
 if TYPE_CHECKING:
+    from ort_train.distillation import Distiller
     from ort_train.samples import Samples
     from ort_train.trainer import ORTTrainer
 
@@ -65,6 +67,7 @@ def run(config: RunConfig) -> JobResult:
     from transformers.utils import logging as transformers_logging
 
     from ort_train.adapters import apply_adapter, trainable_summary
+    from ort_train.distillation import load_distiller
     from ort_train.models import load_model
     from ort_train.samples import make_samples
     from ort_train.signals import StopOnSignal
@@ -82,17 +85,26 @@ def run(config: RunConfig) -> JobResult:
     )
     torch.manual_seed(config.train.seed)  # for the adapter's first weights, as in the benchmark
     model = apply_adapter(model, config.adapter)
+    distiller = None
+    if config.distill.teacher is not None:
+        distiller = load_distiller(config, samples.tokenizer, model)
     trainable, total = trainable_summary(model)
     _say(
         f"model: {type(model).__name__}, {total:,} parameters, {trainable:,} trained; "
         f"{len(samples.train):,} training and {len(samples.evaluation or ()):,} evaluation samples "
         f"of {config.data.block_size} tokens"
     )
+    if distiller is not None:
+        num_parameters = sum(p.numel() for p in distiller.teacher.parameters())
+        _say(
+            f"teacher: {type(distiller.teacher).__name__}, {num_parameters:,} parameters, frozen; "
+            f"temperature {distiller.temperature:g}, alpha {distiller.alpha:g}"
+        )
     if config.train.save_steps:
         checkpoints.check_room(out, checkpoints.required_bytes(model))
 
     record = _measure(config) if is_main and config.measure.baselines else None
-    trainer = _make_trainer(config, model, samples, record)
+    trainer = _make_trainer(config, model, samples, record, distiller)
     way_out = f"Continue from the last checkpoint in {str(out)!r} with output.resume=auto"
     with StopOnSignal() as stop, distributed.Roster().watched(way_out):
         trainer.add_callback(stop)
@@ -115,7 +127,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with all of it.
     """
-    from ort_train import zero
+    from ort_train import distillation, zero
     from ort_train.backends import available
     from ort_train.ortmodule.options import parse_options
 
@@ -138,6 +150,12 @@ def check(config: RunConfig) -> None:
     if quantization.of_run(config) and (missing := quantization.unavailable_reason()):
         problems.append(f"adapter.method qlora: {missing}")
     problems += zero.problems_of_recipe(config.train, distributed.world_size())
+    problems += distillation.problems(config)
+    if config.train.keep_zeros and zero.chosen(config.train.deepspeed):
+        problems.append(
+            "train.keep_zeros works on the weights, which DeepSpeed keeps copies of: set "
+            "train.deepspeed=none, or train.keep_zeros=false"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -207,7 +225,7 @@ def _check_same_run(config: RunConfig, out: Path) -> None:
     before = load_recipe(file)
     changed = [
         f"{section}.{key} was {old!r}, is {getattr(getattr(config, section), key)!r}"
-        for section in ("model", "data", "adapter")
+        for section in ("model", "data", "adapter", "distill")
         for key, old in getattr(before, section)
         if old != getattr(getattr(config, section), key)
     ]
@@ -252,11 +270,15 @@ def _measure(config: RunConfig) -> dict[str, Any]:
     )
 
 
-def _make_trainer(config: RunConfig, model: Any, samples: Samples, record: Any) -> ORTTrainer:
+def _make_trainer(
+    config: RunConfig, model: Any, samples: Samples, record: Any, distiller: Distiller | None
+) -> ORTTrainer:
     from transformers import PrinterCallback, ProgressCallback
 
     from ort_train import zero
     from ort_train.console import ConsoleCallback
+    from ort_train.distillation import DistillationTrainer
+    from ort_train.pruning import KeepZeros
     from ort_train.trainer import ORTTrainer, ORTTrainingArguments
 
     train = config.train
@@ -296,7 +318,15 @@ def _make_trainer(config: RunConfig, model: Any, samples: Samples, record: Any) 
         prediction_loss_only=True,  # perplexity needs no logits kept
         ddp_find_unused_parameters=False,
     )
-    trainer = ORTTrainer(
+    make: Any = ORTTrainer
+    if distiller is not None:
+        make = functools.partial(
+            DistillationTrainer,
+            teacher=distiller.teacher,
+            temperature=distiller.temperature,
+            alpha=distiller.alpha,
+        )
+    trainer = make(
         model=model,
         args=args,
         train_dataset=samples.train,
@@ -307,6 +337,8 @@ def _make_trainer(config: RunConfig, model: Any, samples: Samples, record: Any) 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ConsoleCallback())
+    if train.keep_zeros:
+        trainer.add_callback(KeepZeros(model))
     # Ratios compare like with like: one process against one process.
     if record is not None and args.world_size == 1:
         trainer.speed.baselines = {

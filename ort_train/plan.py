@@ -262,6 +262,11 @@ def show(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float) -> bool:
         f"{name} {value} should be above 0" for name, value in given.items() if value <= 0
     ]:
         raise ConfigError(problems)
+    if config.distill.teacher is not None:
+        raise ConfigError(
+            "the plan doesn't count a teacher's memory: plan with distill.teacher=null, and leave "
+            "room for its weights and one forward"
+        )
     estimates = estimate(config, gpus, nodes, gpu_mem_gib)
     batch = config.train.micro_batch_size
     table = Table(

@@ -35,8 +35,9 @@ _TINY_CEILINGS = {
 _TINY_VOCAB_SIZE = 512
 # None means "all" here, so that a ceiling applies to it; elsewhere None means "never".
 _NONE_IS_ALL = {"max_train_blocks", "max_eval_blocks", "max_steps"}
-# Overrides that would bring a download back.
-_DROPPED_BY_TINY = {"model.name_or_path", "model.revision", "model.tokenizer"}
+_MODELS = ("model", "distill.teacher")
+# Of a model's section: what would bring a download back.
+_DROPPED_BY_TINY = ("name_or_path", "revision", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,15 @@ def load_recipe(
     config = parse(_override(values, settings))
     if not tiny:
         return config
-    kept = [(key, value) for key, value in settings if key not in _DROPPED_BY_TINY]
+    dropped = {f"{model}.{key}" for model in _MODELS for key in _DROPPED_BY_TINY}
+    kept = [(key, value) for key, value in settings if key not in dropped]
     return parse(_override(_shrink(config), kept))
+
+
+def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """A config of values that aren't a file's, and overrides; see `load_recipe`."""
+    settings = _parse_overrides(overrides)
+    return parse(_override(values, settings + _unset_rivals(settings)))
 
 
 def list_recipes() -> list[RecipeInfo]:
@@ -129,19 +137,11 @@ def tiny(config: RunConfig) -> RunConfig:
 
 def _shrink(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump()
-    model = values["model"]
-    if not model["architecture"]:
-        raise ConfigError(
-            f"--tiny makes a model instead of loading {model['name_or_path']} and needs to know "
-            "its type: set model.architecture, for example model.architecture=llama"
-        )
-    # Only here: which sizes an architecture has, transformers knows.
-    from .models import tiny_config
-
-    for key in _DROPPED_BY_TINY:
-        model[key.partition(".")[2]] = None
-    model["config"] = tiny_config(model["architecture"], model["config"])
+    model, teacher = values["model"], values["distill"]["teacher"]
+    _shrink_model(model, "model")
     model["vocab_size"] = _TINY_VOCAB_SIZE
+    if teacher:
+        _shrink_model(teacher, "distill.teacher")
     for section, ceilings in _TINY_CEILINGS.items():
         for key, ceiling in ceilings.items():
             value = values[section][key]
@@ -151,9 +151,23 @@ def _shrink(config: RunConfig) -> dict[str, Any]:
                 values[section][key] = ceiling
     values["train"]["epochs"] = None
     values["train"]["global_batch_size"] = None  # of the full-sized batches
-    model["num_parameters"] = None
     _use_fp32_where_needed(values)
     return values
+
+
+def _shrink_model(model: dict[str, Any], section: str) -> None:
+    if not model["architecture"]:
+        raise ConfigError(
+            f"--tiny makes a model instead of loading {model['name_or_path']} and needs to know "
+            f"its type: set {section}.architecture, for example {section}.architecture=llama"
+        )
+    # Only here: which sizes an architecture has, transformers knows.
+    from .models import tiny_config
+
+    for key in _DROPPED_BY_TINY:
+        model[key] = None
+    model["config"] = tiny_config(model["architecture"], model["config"])
+    model["num_parameters"] = None
 
 
 def _use_fp32_where_needed(values: dict[str, Any]) -> None:

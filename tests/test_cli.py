@@ -150,6 +150,18 @@ def test_launchers_arguments_are_accepted(flag: str, capsys: pytest.CaptureFixtu
     assert "quikstart" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["train", "--recipe"], ["bench"]])
+def test_overrides_may_stand_behind_options(command: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([*command, "quickstart", "train.max_step=3", "--tiny", "modle.a=1"]) == 2
+    err = capsys.readouterr().err
+    assert "train.max_step" in err
+    assert "modle" in err
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "quickstart", "--tiny", "modle"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: modle" in capsys.readouterr().err
+
+
 def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]):
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ort_train.config import (
     LR_SCHEDULERS,
     OPTIMIZERS,
+    ModelConfig,
     RunConfig,
     keys,
     near_matches,
@@ -179,8 +180,10 @@ def test_architecture_may_stand_beside_a_loaded_model():
 
 
 def test_keys_are_those_of_the_sections():
-    assert {"name", "model.architecture", "output.resume"} <= set(keys())
-    assert len(keys()) == 2 + sum(
+    found = set(keys())
+    assert {"name", "model.architecture", "output.resume", "distill.teacher.dtype"} <= found
+    assert "distill.teacher" not in found  # a section of a section
+    assert len(keys()) == 2 + len(ModelConfig.model_fields) - 1 + sum(
         len(field.annotation.model_fields)
         for name, field in RunConfig.model_fields.items()
         if name not in ("name", "description")

@@ -67,7 +67,9 @@ def test_the_list_names_what_a_recipe_trains():
 
 def test_the_readme_lists_every_key():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert [key for key in keys() if f"| `{key}` |" not in text] == []
+    # A teacher's keys are a model's, which are told once.
+    told = {"distill.teacher" if key.startswith("distill.teacher.") else key for key in keys()}
+    assert [key for key in sorted(told) if f"| `{key}` |" not in text] == []
 
 
 def test_installed_recipes_come_before_a_checkouts(tmp_path, monkeypatch):
