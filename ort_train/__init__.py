@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DistillationTrainer": "ort_train.distillation",
     "ORTTrainer": "ort_train.trainer",
     "ORTSeq2SeqTrainer": "ort_train.trainer",
     "ORTTrainingArguments": "ort_train.training_args",
@@ -25,6 +26,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DistillationTrainer",
     "ORTOptimizerNames",
     "ORTSeq2SeqTrainer",
     "ORTSeq2SeqTrainingArguments",
@@ -40,6 +42,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ort_train.backends import available, decision, unwrap, wrap
+    from ort_train.distillation import DistillationTrainer
     from ort_train.ortmodule.options import OrtOptions
     from ort_train.trainer import ORTSeq2SeqTrainer, ORTTrainer
     from ort_train.training_args import (

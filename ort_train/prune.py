@@ -52,7 +52,7 @@ def prune_folder(
         ConfigError: wrong settings.
         ModelError: the model can't be loaded or pruned, or `out` holds something.
     """
-    from ort_train.inference.onnx_files import new_folder
+    from ort_train.inference.folder import staged as staged_folder
     from ort_train.models import load_model
     from ort_train.pruning import prune_model
     from ort_train.samples import make_samples
@@ -66,7 +66,7 @@ def prune_folder(
     if steps < 0:
         raise ConfigError(f"--steps {steps} must be 0 or more")
     config = _config(source, steps, overrides)
-    with new_folder(out) as staged:
+    with staged_folder(out) as staged:
         samples = make_samples(config.data, config.model)
         block_size, seed = config.data.block_size, config.train.seed
         dense = load_model(config.model, samples.tokenizer, seed, block_size)

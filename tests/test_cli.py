@@ -156,8 +156,11 @@ def test_overrides_may_stand_behind_options(command: list[str], capsys: pytest.C
     err = capsys.readouterr().err
     assert "train.max_step" in err
     assert "modle" in err
+
+
+def test_other_words_behind_options_are_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        main([*command, "quickstart", "--tiny", "modle"])
+        main(["bench", "quickstart", "--tiny", "modle"])
     assert caught.value.code == 2
     assert "unrecognized arguments: modle" in capsys.readouterr().err
 

@@ -69,7 +69,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
     class Logits(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = tiny_llama().eval()
+            self.model = tiny_llama(num_hidden_layers=1).eval()
 
         def forward(self, ids: Any, mask: Any) -> Any:
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,12 +16,11 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto
 
 MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
 #: protobuf refuses messages of 2 GiB; a pass adds to the graph, hence the margin.
 MAX_INLINE_BYTES = int(1.9 * 2**30)
 #: Smaller tensors stay in the graph's own file, where shape inference and passes read them.
 MIN_EXTERNAL_BYTES = 1024
-#: Of tensors in a data file: what a memory map of the file can start at on every system.
-_ALIGNMENT = 65536
 
 
 def model_file(path: str | Path) -> Path:
@@ -112,45 +109,6 @@ def read_array(tensor: TensorProto, folder: Path) -> np.ndarray:
     return np.memmap(file, dtype, "r", offset, shape)
 
 
-class DataWriter:
-    """Writes a model's tensors to one data file beside it, one after another.
-
-    Args:
-        model_file: the .onnx file that the tensors will belong to; theirs is model_file.data.
-    """
-
-    def __init__(self, model_file: Path):
-        self.path = model_file.with_name(f"{model_file.name}.data")
-        self._file = self.path.open("wb")
-
-    def tensor(self, name: str, array: np.ndarray) -> TensorProto:
-        """Write an array; returns the initializer that refers to it. Small ones stay inside."""
-        from onnx import TensorProto, helper, numpy_helper
-
-        if array.nbytes < MIN_EXTERNAL_BYTES:
-            return numpy_helper.from_array(np.ascontiguousarray(array), name)
-        offset = -(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT
-        self._file.seek(offset)
-        np.ascontiguousarray(array).tofile(self._file)
-        tensor = TensorProto(
-            name=name,
-            dims=array.shape,
-            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-            data_location=TensorProto.EXTERNAL,
-        )
-        length = self._file.tell() - offset
-        for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
-
-    def close(self) -> None:
-        """End the file; one that holds nothing is removed."""
-        empty = self._file.tell() == 0
-        self._file.close()
-        if empty:
-            self.path.unlink()
-
-
 def write_model(model: ModelProto, file: Path, folder: Path) -> None:
     """Write a model whose external tensors are in the data files of another folder.
 
@@ -158,11 +116,13 @@ def write_model(model: ModelProto, file: Path, folder: Path) -> None:
         file: to be written, with file.data for the tensors.
         folder: where the tensors are now.
     """
-    writer = DataWriter(file)
-    try:
+    from ort_train.inference.graph import DataWriter
+
+    data = file.with_name(f"{file.name}.data")
+    with DataWriter(data) as writer:
         tensors = [writer.tensor(t.name, read_array(t, folder)) for t in model.graph.initializer]
-    finally:
-        writer.close()
+    if data.stat().st_size == 0:
+        data.unlink()
     replace_initializers(model, tensors)
     save_graph(model, file)
 
@@ -186,26 +146,3 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".ort_train-", dir=parent) as folder:
         yield Path(folder)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that gets its name `out` when the block ends without an error.
-
-    Raises:
-        ModelError: `out` holds something.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(
-            f"{str(out)!r} is not an empty folder, and nothing is overwritten: name a new one"
-        )
-    staged = out.parent / f".{out.name}.incomplete"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        yield staged
-        if out.exists():
-            out.rmdir()
-        os.replace(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

@@ -14,7 +14,7 @@ from ort_train.record import replacing
 
 PAGE_FILE = "optimize.html"
 #: Weights, which an optimized folder has of its own.
-_MODEL_FILES = (onnx_files.MODEL_FILE, f"{onnx_files.MODEL_FILE}.data", PAGE_FILE)
+_MODEL_FILES = (onnx_files.MODEL_FILE, onnx_files.DATA_FILE, PAGE_FILE)
 
 
 def optimize_path(
@@ -42,12 +42,14 @@ def optimize_path(
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
     file = onnx_files.model_file(source)
-    _check_out(source, out)
+    check_out(source, out)
     optimized = passes.optimize(source, names, sizes)
     page = _page(optimized, source.name, block)
     with ExitStack() as stack:
         if source.is_dir():
-            staged = stack.enter_context(onnx_files.new_folder(out))
+            from ort_train.inference.folder import staged as staged_folder
+
+            staged = stack.enter_context(staged_folder(out))
             for path in sorted(source.iterdir()):
                 if path.is_file() and path.name not in _MODEL_FILES:
                     shutil.copy2(path, staged / path.name)
@@ -65,7 +67,7 @@ def optimize_path(
     return optimized, page_file
 
 
-def _check_out(source: Path, out: Path) -> None:
+def check_out(source: Path, out: Path) -> None:
     if source.is_dir():
         if out.suffix == ".onnx":
             raise ModelError(f"{str(source)!r} is a folder, so --out {out} must name one too")
