@@ -1,4 +1,4 @@
-"""The parent's handle on one benchmark case in a fresh process (`bench_worker.py`).
+"""The parent's handle on one benchmark case in a fresh process (`bench_serve.py` is its other end).
 
 The two ends speak JSON lines: a request on the worker's stdin, one reply on its stdout. A fresh
 process per case keeps compilers, thread pools, allocators and monkey patches of one backend away
@@ -93,7 +93,7 @@ class Worker:
             raise
         if "error" in reply:
             self.kill()
-            raise WorkerError(reply["error"], unavailable=reply["unavailable"])
+            raise WorkerError(scrub(reply["error"]), unavailable=reply["unavailable"])
         return reply
 
     def kill(self) -> None:

@@ -9,15 +9,14 @@ Started by `bench_process.Worker`, which sends one JSON request a line and reads
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from ort_train.errors import BackendUnavailableError, OrtTrainError, UnsupportedModelError
+from ort_train.bench_serve import peak_resident_gib, serve
+from ort_train.errors import BackendUnavailableError
 from ort_train.record import scrub
 
 if TYPE_CHECKING:
@@ -30,41 +29,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Answer requests until `finish` or the end of stdin."""
-    # Libraries print: what they write to stdout must not get between the replies.
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    session: Session | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        name = request.pop("request")
-        try:
-            if name == "prepare":
-                session = Session(**request)
-                reply = session.start()
-            else:
-                assert session is not None, "`prepare` comes first"
-                reply = session.round(**request) if name == "round" else session.finish()
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            # A user's error speaks for itself; of any other the type is half of the message.
-            told = str(error) if isinstance(error, OrtTrainError) else _one_line(error)
-            unavailable = isinstance(error, BackendUnavailableError | UnsupportedModelError)
-            reply = {"error": scrub(told), "unavailable": unavailable}
-        _send(replies, reply)
-        if name == "finish":
-            break
-    return 0
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _send(replies: TextIO, reply: Mapping[str, Any]) -> None:
-    replies.write(json.dumps(reply) + "\n")
-    replies.flush()
+    return serve(Session)
 
 
 class Session:
@@ -297,20 +262,6 @@ def fill_zero_weights(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
-
-
-def peak_resident_gib() -> float:
-    """The largest resident set of this process so far."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20  # kB
-    except OSError:
-        pass
-    import resource
-
-    # Not first: Linux hands a child the parent's maximum. Bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 def _digest(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:

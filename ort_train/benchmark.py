@@ -1,19 +1,16 @@
 """One recipe over several backends: interleaved rounds, fresh processes, a parity gate.
 
-The order of things is decided here; `bench_run.py` holds what one case yields, `bench_worker.py`
-runs its steps, `parity.py` judges its numbers, `record.py` says what a record holds, `report.py`
-shows it.
+What is measured is decided here; `bench_turns.py` runs the cases in turns, `bench_run.py` holds
+what one case yields, `bench_worker.py` runs its steps, `parity.py` judges its numbers, `record.py`
+says what a record holds, `report.py` shows it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,12 @@ from tqdm import tqdm
 
 from ort_train import record as records
 from ort_train.bench_run import Case, Run, result
+from ort_train.bench_turns import take_turns
 from ort_train.config import RunConfig, near_matches, parse
 from ort_train.errors import ConfigError
 
 BACKENDS = ("eager", "compile", "ort")
 PRECISIONS = ("fp32", "bf16", "fp16")
-# Idle threads of a pool spin for some milliseconds before they sleep: they must not take the
-# cores of the worker whose turn comes next.
-SETTLE_S = 0.1
 
 
 def run_benchmark(
@@ -72,24 +67,31 @@ def run_benchmark(
     """
     runs = _plan(config, cases, steps, rounds, warmup_steps, threads)
     tell = on_event or (lambda line: None)
-    started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started_at = records.now()
     machine = records.machine()  # before the load that is about to come
     with tqdm(total=len(runs) * (1 + rounds), disable=not progress, unit="turn") as bar:
         for _, group in groupby(runs, key=lambda run: run.shape):
-            _measure(list(group), steps, rounds, warmup_steps, threads, timeout_s, bar, tell)
+            take_turns(
+                list(group),
+                rounds,
+                prepare={
+                    "num_batches": warmup_steps + steps * rounds,
+                    "warmup_steps": warmup_steps,
+                    "threads": threads,
+                },
+                turn={"steps": steps},
+                prepared_line=lambda run: f"first step {run.prepared['first_step_s']:.2f} s",
+                turn_line=lambda run: f"{1 / np.median(run.rounds[-1]['step_s']):.3g} it/s",
+                timeout_s=timeout_s,
+                bar=bar,
+                tell=tell,
+            )
     prepared: dict[str, Any] = next((run.prepared for run in runs if run.prepared), {})
     machine |= {"threads": prepared.get("threads"), "gpu": prepared.get("gpu")}
-    git_sha, git_dirty = records.git_state()
-    return records.validate(
+    return records.assemble(
+        started_at,
+        machine,
         {
-            "schema": records.SCHEMA,
-            "command": records.command(),
-            "started_at": started_at,
-            "machine": machine,
-            "versions": records.versions(),
-            "git_sha": git_sha,
-            "git_dirty": git_dirty,
-            "environment": records.thread_variables(),
             "recipe": config.name,
             "model": prepared.get("model"),
             "data": prepared.get("data"),
@@ -101,7 +103,7 @@ def run_benchmark(
                 "optimizer": "torch.optim.AdamW(fused=True)",
             },
             "results": [result(run, runs) for run in runs],
-        }
+        },
     )
 
 
@@ -167,65 +169,6 @@ def _case_config(config: RunConfig, case: Case) -> RunConfig:
         "micro_batch_size": case.micro_batch_size,
     }
     return parse(values)
-
-
-def _measure(
-    runs: list[Run],
-    steps: int,
-    rounds: int,
-    warmup_steps: int,
-    threads: int | None,
-    timeout_s: float,
-    bar: tqdm,
-    tell: Callable[[str], None],
-) -> None:
-    """Take the cases of one shape through all their stages."""
-    with tempfile.TemporaryDirectory(prefix="ort_train-bench-") as folder:
-        try:
-            for run in runs:
-                bar.set_description(f"{run.case}: prepare")
-                run.prepare(
-                    Path(folder),
-                    timeout_s,
-                    num_batches=warmup_steps + steps * rounds,
-                    warmup_steps=warmup_steps,
-                    threads=threads,
-                )
-                if run.status == "ok":
-                    bar.update(1)
-                    tell(f"{run.case}: first step {run.prepared['first_step_s']:.2f} s")
-                else:
-                    bar.update(1 + rounds)
-                    tell(f"{run.case} is {run.status}: {run.reason}")
-            for turn in range(rounds):
-                for run in _rotated(runs, turn):
-                    if run.status != "ok":
-                        continue
-                    bar.set_description(f"{run.case}: round {turn + 1} of {rounds}")
-                    time.sleep(SETTLE_S)
-                    run.round(steps)
-                    if run.status == "ok":
-                        bar.update(1)
-                        rate = 1 / np.median(run.rounds[-1]["step_s"])
-                        tell(f"{run.case}: round {turn + 1} of {rounds}, {rate:.3g} it/s")
-                    else:
-                        bar.update(rounds - turn)
-                        tell(f"{run.case} is {run.status}: {run.reason}")
-            for run in runs:
-                if run.status == "ok":
-                    run.finish()
-            for run in runs[1:]:
-                run.judge(reference=runs[0])
-            runs[0].judge(reference=runs[0])  # last: the others look at its status
-        finally:
-            for run in runs:
-                run.kill()
-
-
-def _rotated(runs: list[Run], turn: int) -> Iterator[Run]:
-    """The runs from another one on in each turn, so that none always follows the same one."""
-    for index in range(len(runs)):
-        yield runs[(turn + index) % len(runs)]
 
 
 # The command line: `ort-train bench`.

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -153,6 +154,40 @@ def validate(record: Mapping[str, Any]) -> dict[str, Any]:
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         ]
         raise RecordError("not a benchmark record:\n  - " + "\n  - ".join(lines)) from None
+
+
+def now() -> str:
+    """For `started_at`."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def assemble(
+    started_at: str, machine: Mapping[str, Any], sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A record of this process's command, on these versions.
+
+    Args:
+        started_at: `now()`, when the benchmark began.
+        machine: `machine()`, asked before the load that it brought.
+        sections: what the kind of benchmark adds.
+
+    Raises:
+        RecordError: the sections are not those of a record.
+    """
+    git_sha, git_dirty = git_state()
+    return validate(
+        {
+            "schema": SCHEMA,
+            "command": command(),
+            "started_at": started_at,
+            "machine": machine,
+            "versions": versions(),
+            "git_sha": git_sha,
+            "git_dirty": git_dirty,
+            "environment": thread_variables(),
+            **sections,
+        }
+    )
 
 
 def write(record: Mapping[str, Any], path: str | Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ort_train import bench_run, benchmark, report
+from ort_train import bench_run, bench_turns, benchmark, report
 from ort_train import record as records
 from ort_train.bench_process import Worker, WorkerError
 from ort_train.benchmark import Case, run_benchmark
@@ -50,7 +50,7 @@ def stand_in(monkeypatch):
             super().__init__(scratch, timeout_s, STAND_IN)
 
     monkeypatch.setattr(bench_run, "Worker", StandIn)
-    monkeypatch.setattr(benchmark, "SETTLE_S", 0)
+    monkeypatch.setattr(bench_turns, "SETTLE_S", 0)
 
 
 def measure(config: RunConfig, cases=ALL, **options) -> dict:
@@ -196,6 +196,13 @@ class TestWorker:
         with pytest.raises(WorkerError, match=r"exit code 1(?s:.)*No module named"):
             worker.request("prepare")
 
+    def test_an_error_comes_without_directories_of_this_machine(self, tmp_path):
+        reply = json.dumps({"error": "bad /home/somebody/x", "unavailable": True})
+        worker = Worker(tmp_path, 10, [sys.executable, "-c", f"input(); print({reply!r})"])
+        with pytest.raises(WorkerError, match=r"^bad x$") as caught:
+            worker.request("prepare")
+        assert caught.value.unavailable
+
     def test_the_real_worker_keeps_prints_out_of_its_replies(self):
         code = (
             "import os, sys, ort_train.bench_worker as w\n"
@@ -212,7 +219,7 @@ class TestWorker:
             text=True,
             check=True,
         )
-        assert json.loads(done.stdout) == {"error": "ValueError: bad x", "unavailable": False}
+        assert json.loads(done.stdout)["error"] == "ValueError: bad /home/somebody/x"
         for noise in ("python", "child", "raw", "Traceback"):
             assert noise in done.stderr
 
