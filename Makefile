@@ -24,7 +24,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: onnxruntime-training 1.19.2 has no wheels for a newer one. Get it with 'apt-get install python3.11 python3.11-venv', 'uv python install 3.11' or 'pyenv install 3.11', then: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "'$(PYTHON) -m venv' failed: apt-get install python3.11-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,qlora,inference]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,qlora,inference,diffusion]'
 	@# DeepSpeed has no wheels; built without its compiled operators it needs no compiler.
 	DS_BUILD_OPS=0 DS_SKIP_CUDA_CHECK=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed
 	@touch $@

@@ -157,6 +157,16 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         optimize_command.add_arguments(optimize)
         optimize.set_defaults(run=optimize_command.main)
 
+    diffusion = commands.add_parser(
+        "export-diffusion",
+        help="write a text-to-image pipeline's models as ONNX graphs",
+        description="Write the models of a StableDiffusionPipeline or StableDiffusionXLPipeline "
+        "(SD-Turbo, SDXL-Turbo) as ONNX graphs, each compared with PyTorch, and copy the rest.",
+    )
+    diffusion.add_argument("source", metavar="DIR", help="a folder of diffusers', or a hub name")
+    diffusion.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    diffusion.set_defaults(run=_export_diffusion)
+
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.add_argument("name", nargs="?", help="show this recipe, resolved")
     recipes.set_defaults(run=_recipes)
@@ -209,6 +219,15 @@ def _quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _export_diffusion(args: argparse.Namespace) -> int:
+    from ort_train.inference.diffusion.export import export_pipeline
+
+    _quiet_transformers()
+    export_pipeline(args.source, args.out, on_event=print)
+    print(f"wrote {args.out}")
+    return 0
 
 
 def _recipes(args: argparse.Namespace) -> int:
