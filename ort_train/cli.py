@@ -120,6 +120,15 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    generate = commands.add_parser(
+        "generate",
+        help="continue prompts with an exported model",
+        description="Continue prompts with an exported model. Options that aren't given are those "
+        "of the folder's generation_config.json. One prompt's text is printed as it is made.",
+    )
+    _add_generate_arguments(generate)
+    generate.set_defaults(run=_generate)
+
     plan = commands.add_parser(
         "plan",
         help="whether a recipe fits on given GPUs, without loading its weights",
@@ -210,6 +219,32 @@ def _export(args: argparse.Namespace) -> int:
         args.source, args.out, args.precision, show_progress=sys.stderr.isatty()
     )
     print(describe(exported))
+    return 0
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="written by ort-train export")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="several make a batch; - reads stdin"
+    )
+    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    sampling = parser.add_argument_group("sampling", "each of these turns it on")
+    sampling.add_argument("--temperature", type=float)
+    sampling.add_argument("--top-k", type=int, help="likeliest tokens to choose from, 0 for all")
+    sampling.add_argument("--top-p", type=float, help="probability of the tokens to choose from")
+    sampling.add_argument("--seed", type=int)
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text")
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime (default: one a core)")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from ort_train.inference import console
+
+    console.generate(args)
     return 0
 
 
