@@ -176,6 +176,19 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     diffusion.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     diffusion.set_defaults(run=_export_diffusion)
 
+    quantize = commands.add_parser(
+        "quantize",
+        help="narrow an exported model's weights to 4, 8 or 16 bits, checked against fp32",
+        description="Write an exported model with narrower weights, tensor by tensor, and compare "
+        "it with the original: perplexity, agreement, size, speed, error of each layer. What "
+        "differs by more than --max-kl isn't kept.",
+    )
+    if command == "quantize":
+        from ort_train.inference import quantize_command
+
+        quantize_command.add_arguments(quantize)
+        quantize.set_defaults(run=quantize_command.main)
+
     recipes = commands.add_parser("recipes", help="list the recipes")
     recipes.add_argument("name", nargs="?", help="show this recipe, resolved")
     recipes.set_defaults(run=_recipes)

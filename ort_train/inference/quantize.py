@@ -1,0 +1,469 @@
+"""Exported models with narrower weights, written tensor by tensor and checked against the original.
+
+A model is read from its external data one weight at a time, and the result written the same way,
+so that memory holds a few copies of its largest weight, not the model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from ort_train.errors import ConfigError, ModelError
+from ort_train.inference import blockwise, onnx_files
+from ort_train.inference.folder import (
+    copy_companions,
+    load_folder,
+    load_graph,
+    staged,
+    write_info,
+)
+from ort_train.inference.graph import MICROSOFT, DataWriter
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+    from ort_train.inference.evaluate import Comparison
+
+REPORT_FILE = "quantize.json"
+BITS = ("int4", "int8", "fp16")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+#: Largest mean KL(fp32 || quantized), in nats a token: what raises a perplexity by 3%.
+MAX_KL = 0.03
+# Rows of a weight that are quantized at a time.
+_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are stored, and products computed.
+
+    Args:
+        bits: int4: blocks of 4-bit numbers; int8: 8-bit columns, inputs quantized to 8 bits as they
+            come; fp16: everything in half precision, inputs and outputs of the model as they were.
+        block_size: of int4, along the inputs.
+        symmetric: of int4: whether blocks have no zero point of their own.
+        accuracy_level: of int4, what MatMulNBits multiplies in: 0 as its inputs (fp32), 1 fp32,
+            2 fp16, 3 bf16, 4 int8. On CPUs 0 to 3 are fp32; 4 is fastest, rounds the inputs to
+            8 bits, too, and can change which token is likeliest (onnxruntime #29849).
+
+    Raises:
+        ConfigError: with every value that is outside its range.
+    """
+
+    bits: Literal["int4", "int8", "fp16"] = "int4"
+    block_size: int = 32
+    symmetric: bool = False
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} {value!r} should be one of {', '.join(map(str, options))}"
+            for name, value, options in (
+                ("scheme", self.bits, BITS),
+                ("block_size", self.block_size, BLOCK_SIZES),
+                ("accuracy_level", self.accuracy_level, ACCURACY_LEVELS),
+            )
+            if value not in options
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def __str__(self) -> str:
+        if self.bits != "int4":
+            return self.bits
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"int4 {kind}, block {self.block_size}, accuracy level {self.accuracy_level}"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A weight that was quantized.
+
+    Attributes:
+        name: of its node.
+        shape: inputs, outputs.
+        rel_error: Frobenius norm of the difference, over that of the weight.
+        max_abs_error: of one number.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rel_error: float
+    max_abs_error: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What was written, and how it compares.
+
+    Attributes:
+        left_out: products that stayed as they were, by name.
+        comparison: None where none was asked for.
+    """
+
+    scheme: Scheme
+    layers: list[LayerReport]
+    left_out: list[str]
+    bytes_before: int
+    bytes_after: int
+    comparison: Comparison | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def quantize_folder(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    scheme: Scheme,
+    exclude: Sequence[str] = (),
+    ids_BT: np.ndarray | None = None,
+    max_kl: float = MAX_KL,
+    num_threads: int | None = None,
+) -> QuantizationReport:
+    """Write an exported model with its matrix products' weights quantized.
+
+    Products of two activations, embeddings, norms and biases stay as they are (but in fp16). An
+    output embedding that shares its weight with the input one gets a copy of its own.
+
+    Args:
+        source_dir: an exported folder in fp32.
+        out_dir: a new or empty folder; it is whole or not there.
+        scheme: how.
+        exclude: patterns (fnmatch) of node names that stay as they are: /lm_head/*, */layers.0/*.
+        ids_BT: tokens to compare the two models on before `out_dir` gets its name; None: no check.
+        max_kl: mean KL divergence to the original, in nats a token, from which on it is refused.
+        num_threads: of the comparison; None: one a core.
+
+    Returns:
+        What REPORT_FILE in `out_dir` holds, too.
+
+    Raises:
+        ExportError: `source_dir` is no exported model, or `out_dir` holds something.
+        ModelError: nothing to quantize, a weight whose inputs don't fit the blocks, a source that
+            is quantized already, or a result that differs by more than `max_kl`.
+    """
+    source = load_folder(source_dir)
+    if source.info.precision != "fp32":
+        raise ModelError(
+            f"{str(source.path)!r} is {source.info.precision} already: quantize the fp32 export"
+        )
+    model = load_graph(source.path)
+    with staged(out_dir, source.num_bytes) as folder:
+        write = _write_half if scheme.bits == "fp16" else _write_quantized
+        layers, left_out = write(model, source.path, folder, scheme, exclude)
+        copy_companions(source, folder)
+        info = source.info.model_copy(update={"precision": scheme.bits, "parity": None})
+        write_info(folder, info)
+        made = load_folder(folder)
+        comparison = None
+        if ids_BT is not None:
+            from ort_train.inference.evaluate import compare
+
+            comparison = compare(source, made, ids_BT, num_threads)
+            _check(comparison, scheme, max_kl)
+        report = QuantizationReport(
+            scheme, layers, left_out, source.num_bytes, made.num_bytes, comparison
+        )
+        text = json.dumps(report.to_json(), indent=1) + "\n"
+        (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+    return report
+
+
+def _check(comparison: Comparison, scheme: Scheme, max_kl: float) -> None:
+    # Not `>`: NaN is over every limit.
+    if not comparison.mean_kl <= max_kl:
+        ways = ["leave the worst layers out with --exclude", "raise --max-kl"]
+        if scheme.bits == "int4":
+            if scheme.accuracy_level == 4:
+                ways.insert(0, "compute in fp32 with --accuracy-level 0")
+            ways.insert(0, "use --scheme int8")
+        raise ModelError(
+            f"{scheme}: the mean KL divergence to fp32 is {comparison.mean_kl:.4f} nats a token, "
+            f"above {max_kl:g}; the likeliest token is the same for {comparison.agreement:.1%}. "
+            f"Nothing was written: {', or '.join(ways)}"
+        )
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product of an activation with a weight.
+
+    Attributes:
+        by_outputs: whether the weight is (outputs, inputs) rather than (inputs, outputs).
+        bias: of a Gemm.
+    """
+
+    node: NodeProto
+    weight: TensorProto
+    by_outputs: bool
+    bias: str = ""
+
+    @property
+    def num_inputs(self) -> int:
+        return self.weight.dims[1 if self.by_outputs else 0]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.weight.dims[0 if self.by_outputs else 1]
+
+    def chunks(self, array: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Some outputs at a time, as float32 rows (outputs, inputs)."""
+        step = max(1, _CHUNK_BYTES // (4 * self.num_inputs))
+        for start in range(0, self.num_outputs, step):
+            part = slice(start, min(start + step, self.num_outputs))
+            rows = array[part] if self.by_outputs else array[:, part].T
+            yield part, np.ascontiguousarray(rows, np.float32)
+
+
+def _products(graph: GraphProto) -> Iterator[_Product]:
+    from onnx import TensorProto
+
+    weights = {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
+    }
+    for node in graph.node:
+        if node.op_type not in ("MatMul", "FusedMatMul", "Gemm") or node.input[1] not in weights:
+            continue
+        settings = {a.name: a.f if a.HasField("f") else a.i for a in node.attribute}
+        by_outputs = bool(settings.pop("transB", 0))
+        neutral = {"alpha": 1.0, "beta": 1.0}
+        if any(value != neutral.get(name, 0) for name, value in settings.items()):
+            continue  # scaled, or with its activation transposed
+        bias = node.input[2] if len(node.input) > 2 else ""
+        yield _Product(node, weights[node.input[1]], by_outputs, bias)
+
+
+def _write_quantized(
+    model: ModelProto, source: Path, folder: Path, scheme: Scheme, exclude: Sequence[str]
+) -> tuple[list[LayerReport], list[str]]:
+    from onnx import helper
+
+    graph = model.graph
+    all_products = list(_products(graph))
+    left_out = [p.node.name for p in all_products if _is_excluded(p.node.name, exclude)]
+    products = {p.node.name: p for p in all_products if p.node.name not in left_out}
+    _check_exclude(exclude, all_products)
+    if not products:
+        raise ModelError(
+            "there is no product with a weight to quantize"
+            + (f": all {len(left_out)} are left out by --exclude" if left_out else "")
+        )
+    quantize = _int4_nodes if scheme.bits == "int4" else _int8_nodes
+    layers, nodes = [], []
+    # In the order of their use, before what stays: which weights still are used, nodes tell.
+    with DataWriter(folder / onnx_files.DATA_FILE) as writer:
+        tensors: list[TensorProto] = []
+        total = sum(onnx_files.tensor_bytes(p.weight) for p in products.values())
+        with tqdm(
+            total=total, desc="Quantizing", unit="B", unit_scale=True, delay=1, leave=False
+        ) as bar:
+            for node in graph.node:
+                product = products.get(node.name)
+                if product is None:
+                    nodes.append(node)
+                    continue
+                array = onnx_files.read_array(product.weight, source)
+                made, report = quantize(product, array, scheme, writer, tensors)
+                nodes += made
+                layers.append(report)
+                bar.update(onnx_files.tensor_bytes(product.weight))
+        used = {name for node in nodes for name in node.input}
+        for tensor in graph.initializer:
+            if tensor.name in used:
+                array = onnx_files.read_array(tensor, source)
+                tensors.append(writer.tensor(tensor.name, array))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx_files.replace_initializers(model, tensors)
+    if not any(entry.domain == MICROSOFT for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    onnx_files.save_graph(model, folder / onnx_files.MODEL_FILE)
+    return layers, left_out
+
+
+def _int4_nodes(
+    product: _Product,
+    array: np.ndarray,
+    scheme: Scheme,
+    writer: DataWriter,
+    tensors: list[TensorProto],
+) -> tuple[list[NodeProto], LayerReport]:
+    from onnx import helper
+
+    block, inputs, outputs = scheme.block_size, product.num_inputs, product.num_outputs
+    num_blocks = -(-inputs // block)
+    packed = np.empty((outputs, num_blocks, block // 2), np.uint8)
+    scales = np.empty((outputs, num_blocks), np.float32)
+    zeros = None if scheme.symmetric else np.empty((outputs, -(-num_blocks // 2)), np.uint8)
+    error = _Error()
+    for part, rows in product.chunks(array):
+        quantized = blockwise.quantize_int4(rows, block, scheme.symmetric)
+        packed[part], scales[part] = quantized.packed_NGB, quantized.scales_NG
+        if zeros is not None:
+            assert quantized.zero_points_N is not None
+            zeros[part] = quantized.zero_points_N
+        error.add(rows, blockwise.dequantize_int4(quantized, inputs))
+    name, node = product.node.name, product.node
+    names = [f"{name}.q4", f"{name}.scales"]
+    tensors += [writer.tensor(names[0], packed), writer.tensor(names[1], scales.reshape(-1))]
+    if zeros is not None:
+        names.append(f"{name}.zero_points")
+        tensors.append(writer.tensor(names[2], zeros.reshape(-1)))
+    result = f"{node.output[0]}.product" if product.bias else node.output[0]
+    made = [
+        helper.make_node(
+            "MatMulNBits",
+            [node.input[0], *names],
+            [result],
+            f"{name}.q4",
+            domain=MICROSOFT,
+            K=inputs,
+            N=outputs,
+            bits=4,
+            block_size=block,
+            accuracy_level=scheme.accuracy_level,
+        )
+    ]
+    if product.bias:
+        made.append(
+            helper.make_node("Add", [result, product.bias], [node.output[0]], f"{name}.bias")
+        )
+    return made, error.report(name, (inputs, outputs))
+
+
+def _int8_nodes(
+    product: _Product,
+    array: np.ndarray,
+    scheme: Scheme,
+    writer: DataWriter,
+    tensors: list[TensorProto],
+) -> tuple[list[NodeProto], LayerReport]:
+    from onnx import helper, numpy_helper
+
+    inputs, outputs = product.num_inputs, product.num_outputs
+    numbers = np.empty((inputs, outputs), np.uint8)
+    scales = np.empty(outputs, np.float32)
+    error = _Error()
+    for part, rows in product.chunks(array):
+        quantized, scales[part] = blockwise.quantize_int8(rows)
+        numbers[:, part] = quantized.T
+        error.add(rows, blockwise.dequantize_int8(quantized, scales[part]))
+    name, node = product.node.name, product.node
+    names = [f"{name}.q8", f"{name}.scales", f"{name}.zero_point"]
+    tensors += [
+        writer.tensor(names[0], numbers),
+        writer.tensor(names[1], scales),
+        numpy_helper.from_array(np.full(outputs, blockwise.ZERO_8, np.uint8), names[2]),
+    ]
+    made = helper.make_node(
+        "DynamicQuantizeMatMul",
+        [node.input[0], *names, *([product.bias] if product.bias else [])],
+        [node.output[0]],
+        f"{name}.q8",
+        domain=MICROSOFT,
+    )
+    return [made], error.report(name, (inputs, outputs))
+
+
+def _write_half(
+    model: ModelProto, source: Path, folder: Path, scheme: Scheme, exclude: Sequence[str]
+) -> tuple[list[LayerReport], list[str]]:
+    """Half precision inside, by onnxruntime's converter, which sees large weights as inputs."""
+    from onnx import TensorProto, helper
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    graph = model.graph
+    products = list(_products(graph))
+    left_out = [p.node.name for p in products if _is_excluded(p.node.name, exclude)]
+    _check_exclude(exclude, products)
+    nodes = {p.weight.name: p for p in products if p.node.name not in left_out}
+    interface = [value.name for value in (*graph.input, *graph.output)]
+    outer = {}
+    inner = []
+    for tensor in graph.initializer:
+        large = tensor.data_location == TensorProto.EXTERNAL
+        if large and tensor.data_type == TensorProto.FLOAT:
+            outer[tensor.name] = tensor
+            value = helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, tensor.dims)
+            graph.input.append(value)
+        elif large:
+            raise ModelError(f"weight {tensor.name} is no float32: export the model again")
+        else:
+            inner.append(tensor)
+    onnx_files.replace_initializers(model, inner)
+    half = convert_float_to_float16(
+        model,
+        keep_io_types=interface,
+        disable_shape_infer=True,
+        node_block_list=left_out or None,
+    )
+    graph = half.graph
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.input if v.name in outer}
+    inputs = [value for value in graph.input if value.name not in outer]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    layers = []
+    tensors = list(graph.initializer)
+    with DataWriter(folder / onnx_files.DATA_FILE) as writer:
+        for name, tensor in tqdm(outer.items(), desc="Halving", delay=1, leave=False):
+            array = onnx_files.read_array(tensor, source)
+            if types[name] != TensorProto.FLOAT16:
+                tensors.append(writer.tensor(name, array))
+                continue
+            narrow = array.astype(np.float16)
+            if not np.isfinite(narrow).all():
+                raise ModelError(
+                    f"weight {name} exceeds fp16's largest number 65504: use int8 or int4"
+                )
+            tensors.append(writer.tensor(name, narrow))
+            if (product := nodes.get(name)) is not None:
+                error = _Error()
+                error.add(array, narrow.astype(np.float32))
+                shape = (product.num_inputs, product.num_outputs)
+                layers.append(error.report(product.node.name, shape))
+    onnx_files.replace_initializers(half, tensors)
+    onnx_files.save_graph(half, folder / onnx_files.MODEL_FILE)
+    return layers, left_out
+
+
+class _Error:
+    """Of a weight, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._difference, self._norm, self._worst = 0.0, 0.0, 0.0
+
+    def add(self, weight: np.ndarray, stored: np.ndarray) -> None:
+        difference = stored - weight
+        self._difference += float(np.square(difference, dtype=np.float64).sum())
+        self._norm += float(np.square(weight, dtype=np.float64).sum())
+        self._worst = max(self._worst, float(np.abs(difference).max()))
+
+    def report(self, name: str, shape: tuple[int, int]) -> LayerReport:
+        relative = (self._difference / self._norm) ** 0.5 if self._norm else 0.0
+        return LayerReport(name, shape, relative, self._worst)
+
+
+def _check_exclude(patterns: Sequence[str], products: Sequence[_Product]) -> None:
+    names = [product.node.name for product in products]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ModelError(
+                f"--exclude {pattern!r} fits no product: they are named like {', '.join(names[:3])}"
+            )
+
+
+def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
