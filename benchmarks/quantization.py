@@ -142,7 +142,7 @@ def memory(folder: Path) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in exported.iterdir())
     code = (
         "import sys\n"
-        "from ort_train.bench_worker import peak_resident_gib\n"
+        "from ort_train.bench_serve import peak_resident_gib\n"
         "from ort_train.inference.quantize import Scheme, quantize_folder\n"
         "before = peak_resident_gib()\n"
         "quantize_folder(sys.argv[1], sys.argv[2], Scheme(sys.argv[3]))\n"
@@ -161,24 +161,20 @@ def memory(folder: Path) -> dict[str, Any]:
 def chart(record: dict[str, Any], path: Path = CHART) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     axes = figure.subplots()
     trained, made = record["accuracy"]["schemes"], record["speed"]["schemes"]
-    for name in ("fp32", *trained):
+    for index, name in enumerate(("fp32", *trained)):
         increase = 0.0 if name == "fp32" else 100 * trained[name]["perplexity_increase"]
         ratio = made[name]["x_fp32"]
-        color = {"fp3": "#8c8c8c", "fp1": "#009e73", "int8": "#0072b2"}.get(
-            name[:4] if name == "int8" else name[:3], "#d55e00"
-        )
         spread = [[ratio["median"] - ratio["p20"]], [ratio["p80"] - ratio["median"]]]
-        axes.errorbar(ratio["median"], increase, xerr=spread, fmt="o", color=color, capsize=2.5)
-        axes.annotate(
-            f"{name}, {made[name]['mib']:.0f} MiB", (ratio["median"], increase), (5, 5),
-            textcoords="offset points", fontsize=8,
+        axes.errorbar(
+            ratio["median"], increase, xerr=spread, fmt="o", color=f"C{index}", capsize=2.5,
+            label=f"{name}, {made[name]['mib']:.0f} MiB",
         )  # fmt: skip
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xlabel="speed of generating one row, x fp32", ylabel="perplexity over fp32's, %")
     axes.set_xlim(left=0)
-    axes.margins(x=0.25, y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.suptitle("Accuracy against speed of quantized models", x=0.01, ha="left")

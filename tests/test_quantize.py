@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ort_train.cli import main
 from ort_train.errors import ConfigError, ExportError, ModelError
 from ort_train.inference import blockwise, export_model, load_folder
 from ort_train.inference.evaluate import compare, decoding_speed
@@ -207,3 +208,66 @@ def test_speed_is_measured_in_turns(folder: Path) -> None:
     assert len(speeds) == 2
     assert len(speeds[0]) == len(speeds[1]) >= 3
     assert min(speeds[0]) > 0
+
+
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", str(folder), "--out", str(out), "--rows", "2", "--length", "16"]
+    assert main([*arguments, "--scheme", "int8", "data.source=offline", "--threads", "1"]) == 0
+    report = json.loads((out / "quantize.json").read_text())
+    comparison = report["comparison"]
+    assert comparison["reading"]["num_tokens"] == 2 * 15
+    shown = capsys.readouterr().out
+    assert f"KL to fp32 {comparison['mean_kl']:.5f} nats" in shown
+    assert "the Python documentation" in shown
+    worst = max(report["layers"], key=lambda layer: layer["rel_error"])
+    assert f"{worst['rel_error']:.4f}  {worst['name']}" in shown
+
+
+def test_without_a_tokenizer_tokens_are_random(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from ort_train.inference.text import make_rows
+
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    rows = make_rows(load_folder(tmp_path / "bare"), num_rows=3, length=1000)
+    assert rows.source is None
+    assert rows.ids_BT.shape == (3, 128)  # as many as the model has positions
+    assert rows.ids_BT.max() < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--scheme", "int8", "--symmetric"], "--symmetric is of --scheme int4, not of int8"),
+        (["--length", "2", "--rows", "0"], "2 problems"),
+        (["train.max_steps=1"], "only data.key=value is"),
+        (["--max-kl", "1e-9", "data.source=offline"], "Nothing was written"),
+        (["data.soruce=offline"], "did you mean data.source"),
+    ],
+)
+def test_what_is_asked_wrongly(
+    arguments: list[str],
+    expected: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["quantize", str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_published_trade_off() -> None:
+    """int4 costs a model trained here less than 3% of perplexity."""
+    root = Path(__file__).resolve().parents[1]
+    record = json.loads((root / "benchmarks" / "quantization.json").read_text())
+    increases = {
+        name: scheme["perplexity_increase"]
+        for name, scheme in record["accuracy"]["schemes"].items()
+        if name.startswith("int4")
+    }
+    assert len(increases) >= 4
+    assert max(increases.values()) < 0.03
+    assert all(peak["peak_gib"] < 2 for peak in record["memory"]["schemes"].values())
+    assert record["memory"]["model_gib"] > 2.5

@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 
-from ort_train.bench_worker import peak_resident_gib
+from ort_train.bench_serve import peak_resident_gib
 from ort_train.errors import ConfigError
 from ort_train.inference.quantize import (
     ACCURACY_LEVELS,
