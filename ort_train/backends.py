@@ -52,7 +52,7 @@ def available(backend: str, precision: str = "fp32", device_type: str = "cpu") -
     if backend == "compile":
         reason = _no_compiler(device_type)
     elif backend == "ort":
-        reason = _no_ort(precision, device_type)
+        reason = _no_ort(device_type)
     if reason is None and precision == "fp16" and device_type == "cpu":
         reason = "fp16 training needs a GPU: use precision fp32 or bf16 on CPU"
     return (reason is None, reason or "")
@@ -78,17 +78,12 @@ def _no_compiler(device_type: str) -> str | None:
     return None
 
 
-def _no_ort(precision: str, device_type: str) -> str | None:
+def _no_ort(device_type: str) -> str | None:
     from ort_train.ortmodule import cuda, upstream
 
     reason = upstream.unavailable_reason()
     if reason is None and device_type == "cuda":
         reason = cuda.unavailable_reason()
-    if reason is None and precision != "fp32" and device_type == "cpu":
-        reason = (
-            f"ONNX Runtime's CPU kernels train in fp32 only, not {precision}: "
-            "use precision fp32, or backend compile or eager"
-        )
     return reason
 
 
@@ -124,8 +119,28 @@ def _make_ort_runner(
 ) -> Callable[..., Any]:
     from ort_train.ortmodule.forward import OrtForward
 
-    forward: Callable[..., Any] = OrtForward(module, original, options)
-    return _EagerRunner(module, forward, precision=precision)
+    if _device_type(module) != "cpu":
+        forward: Callable[..., Any] = OrtForward(module, original, options)
+        return _EagerRunner(module, forward, precision=precision)
+    return _WithoutAutocast(OrtForward(module, original, options, precision), precision)
+
+
+class _WithoutAutocast:
+    """A training forward that sees to its precision by itself.
+
+    Autocast that is active all the same, in the same precision, is accelerate's doing, which wraps
+    every model that transformers' Trainer trains with `bf16=True`.
+    """
+
+    def __init__(self, forward: Callable[..., Any], precision: str):
+        self._forward = forward
+        self._dtype = _AUTOCAST_DTYPES.get(precision)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != self._dtype:
+            return self._forward(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return self._forward(*args, **kwargs)
 
 
 def _make_auto_runner(

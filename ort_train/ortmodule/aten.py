@@ -15,11 +15,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils import dlpack
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _CAPSULE_NAME = b"dltensor"
 _USED_CAPSULE_NAME = b"used_dltensor"
@@ -190,7 +193,37 @@ def _arguments(op: _Operator, pointers: list[int | None]) -> tuple[list[Any], di
     return positional, keywords
 
 
+#: Functions of ours that an ATen node runs without torch's dispatcher, which costs more than a
+#: small product: tensors in, a tensor or a tuple of them out.
+_direct: dict[bytes, Callable[..., Any]] = {}
+
+
+def direct(name: str) -> Callable[[_Function], _Function]:
+    """Have ATen nodes whose operator has this name run the function.
+
+    It takes tensors, None for an absent one, and returns a tensor or a tuple of them.
+    """
+
+    def keep(function: _Function) -> _Function:
+        _direct[name.encode()] = function
+        return function
+
+    return keep
+
+
+def _run_direct(function: Callable[..., Any], pointers: list[int | None]) -> Any:
+    capsules = [
+        None if pointer is None else _new_capsule(pointer, _CAPSULE_NAME, None)
+        for pointer in pointers
+    ]
+    tensors = [None if capsule is None else torch._C._from_dlpack(capsule) for capsule in capsules]
+    with torch.no_grad():
+        return function(*tensors)
+
+
 def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool) -> bool:
+    if name in _direct:
+        return True
     try:
         op = _operator(name, overload)
         kind = op.arguments[index].kind if is_input else op.return_kinds[index]
@@ -203,11 +236,15 @@ def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool
 def _execute(
     name: bytes, overload: bytes, num_inputs: int, inputs: Any, num_outputs: int, outputs: Any
 ) -> None:
+    pointers = [inputs[i] for i in range(num_inputs)]
     try:
-        op = _operator(name, overload)
-        positional, keywords = _arguments(op, [inputs[i] for i in range(num_inputs)])
-        with torch.no_grad():
-            results = op.overload(*positional, **keywords)
+        if name in _direct:
+            results = _run_direct(_direct[name], pointers)
+        else:
+            op = _operator(name, overload)
+            positional, keywords = _arguments(op, pointers)
+            with torch.no_grad():
+                results = op.overload(*positional, **keywords)
         if not isinstance(results, tuple | list):
             results = (results,)
         for i in range(num_outputs):

@@ -17,6 +17,9 @@ from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule import (
     cuda,
     gradients,
+    losses,
+    malloc,
+    products,
     quantized,
     symbolics,
     transformers_compat,
@@ -154,6 +157,7 @@ class Engine:
         forward: the module's own forward.
         schema: the calls that this graph serves.
         options: how ONNX Runtime builds and runs it.
+        precision: "fp32", or "bf16" for the matrix products of a graph on the CPU.
     """
 
     def __init__(
@@ -162,8 +166,10 @@ class Engine:
         forward: Callable[..., Any],
         schema: CallSchema,
         options: OrtOptions,
+        precision: str = "fp32",
     ):
         self._options = options
+        self._precision = precision
         self._graph_module = _GraphModule(module, forward, schema)
         self._ort_module: Any = None
         self._is_stochastic = False
@@ -259,6 +265,8 @@ class Engine:
     def _build_and_run(self, named: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         started = time.perf_counter()
         module = self._graph_module.module
+        if self._options.keep_freed_memory:
+            malloc.keep_freed()
         with _training_flags_kept(module), _without_checkpointing(module) as recompute_asked:
             options = self._options
             if recompute_asked and options.recompute == "none" and not options.recompute_config:
@@ -270,12 +278,14 @@ class Engine:
                     self._ort_module = self._construct(options)
                 symbolics.register(options.onnx_opset_version)
                 gradients.register()
+                losses.register()
                 self._seed()
                 try:
                     with (
                         _buffers_kept(module),
                         transformers_compat.export_scope(module),
                         quantized.export_scope(module, options.onnx_opset_version),
+                        products.export_scope(options.products, self._precision),
                     ):
                         outputs = self._ort_module(**named)
                 except Exception as error:
@@ -315,9 +325,13 @@ class Engine:
         logger.info("built a training graph for %s in %.1f s", type(module).__name__, self.build_s)
         return outputs
 
+    @property
+    def _is_on_cpu(self) -> bool:
+        return all(device.type == "cpu" for _, _, device, _ in self._graph_module._schema.tensors)
+
     def _construct(self, options: OrtOptions) -> Any:
         """An ORTModule around the graph module, with the session's threads set."""
-        if any(device.type == "cuda" for _, _, device, _ in self._graph_module._schema.tensors):
+        if not self._is_on_cpu:
             cuda.preload()
         ortmodule = upstream.load()
         debug = ortmodule.DebugOptions(

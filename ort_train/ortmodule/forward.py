@@ -27,11 +27,19 @@ class OrtForward:
         module: holds the parameters; in training mode with gradients enabled when called.
         original: the module's own forward, which is exported.
         options: how ONNX Runtime builds and runs the graphs.
+        precision: of the matrix products on a CPU, "fp32" or "bf16". Autocast must be off.
     """
 
-    def __init__(self, module: torch.nn.Module, original: Callable[..., Any], options: OrtOptions):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        original: Callable[..., Any],
+        options: OrtOptions,
+        precision: str = "fp32",
+    ):
         self.module = module
         self.options = options
+        self.precision = precision
         self.original = original
         self.engines: dict[Any, Engine] = {}
         self._num_stale = 0
@@ -106,7 +114,7 @@ class OrtForward:
                 f"{self._what_changes(schema)} from call to call; pass it as a tensor, leave it "
                 "out, or raise max_graphs"
             )
-        engine = Engine(self.module, self.original, schema, self.options)
+        engine = Engine(self.module, self.original, schema, self.options, self.precision)
         self.engines[key] = engine
         return engine
 
@@ -163,6 +171,6 @@ def _refuse_autocast() -> None:
         if torch.is_autocast_enabled(device_type):
             raise UnsupportedModelError(
                 f"torch.autocast('{device_type}', {torch.get_autocast_dtype(device_type)}) is "
-                "active, and ONNX Runtime's CPU kernels compute in fp32 only: train with "
-                "precision='fp32', or with backend='compile' for reduced precision"
+                "active, and ONNX Runtime's CPU kernels compute in fp32 only: leave autocast, and "
+                "wrap with precision='bf16' for products in bf16"
             )

@@ -23,6 +23,7 @@ _LOG_LEVELS = ("verbose", "info", "warning", "error", "fatal")
 _RECOMPUTE_LEVELS = {"none": 0, "layerwise": 1, "layerwise_compromised": 2}
 _PATHS = ("recompute_config", "triton_config", "tuning_results_path", "save_onnx_path")
 _CONV_SEARCHES = ("heuristic", "exhaustive")
+_PRODUCTS = ("auto", "onednn", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class OrtOptions:
     #: Whether idle threads of the pool spin. They would take the cores from torch's own threads,
     #: which run the ATen nodes between ONNX Runtime's and the optimizer after them.
     allow_spinning: bool = False
+    #: Whose kernels multiply matrices on a CPU: oneDNN's (torch's), ONNX Runtime's, or oneDNN's where
+    #: they serve (CPUs with AVX-512 and without AMX).
+    products: Literal["auto", "onednn", "onnxruntime"] = "auto"
+    #: Tell glibc to keep freed memory in the process, which has no effect on other allocators.
+    keep_freed_memory: bool = True
     #: Graph-level reduction of FLOPs (shrinking operators are moved up).
     compute_optimizer: bool = True
     #: Upstream's label sparsity: needs a registered CrossEntropyLoss and `compiled_extensions`.
@@ -98,6 +104,7 @@ class OrtOptions:
             ("recompute", tuple(_RECOMPUTE_LEVELS)),
             ("conv_algo_search", _CONV_SEARCHES),
             ("log_level", _LOG_LEVELS),
+            ("products", _PRODUCTS),
         ):
             if getattr(self, name) not in choices:
                 yield f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"

@@ -1,0 +1,101 @@
+"""The cross entropy of a finished training graph, given to torch in place of ONNX Runtime's kernel.
+
+ONNX Runtime's (`SoftmaxCrossEntropyLossInternal` and its gradient) runs on one thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from ort_train.ortmodule.aten import direct
+
+_DOMAIN = "org.pytorch.aten"
+_FORWARD = "SoftmaxCrossEntropyLossInternal"
+_BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"
+_REDUCTIONS = {b"mean": 1, b"sum": 2}  # at::Reduction
+
+
+def _define(name: str, reduction: int) -> None:
+    @direct(f"ort_train::cross_entropy_{name}")
+    def forward(
+        logits: torch.Tensor, labels: torch.Tensor, ignore_index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, C) and (N,) to the loss and (N, C) logarithms of probabilities."""
+        log_probs = torch.log_softmax(logits, -1)
+        ignored = -100 if ignore_index is None else int(ignore_index)
+        loss, _ = torch.ops.aten.nll_loss_forward(log_probs, labels, None, reduction, ignored)
+        return loss, log_probs
+
+    @direct(f"ort_train::cross_entropy_{name}_grad")
+    def backward(
+        grad: torch.Tensor,
+        log_probs: torch.Tensor,
+        labels: torch.Tensor,
+        ignore_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Gradient with respect to the logits, (N, C)."""
+        ignored = -100 if ignore_index is None else int(ignore_index)
+        num_labels = (labels != ignored).sum().to(log_probs.dtype)
+        grad = torch.ops.aten.nll_loss_backward(
+            grad.reshape(()), log_probs, labels, None, reduction, ignored, num_labels
+        )
+        return torch.ops.aten._log_softmax_backward_data(grad, log_probs, -1, log_probs.dtype)
+
+
+for _name, _reduction in _REDUCTIONS.items():
+    _define(_name.decode(), _reduction)
+
+
+def _reduction_of(node: Any) -> bytes:
+    return next((a.s for a in node.attribute if a.name == "reduction"), b"mean")
+
+
+def replace(graph: Any) -> None:
+    """Give the graph's losses to torch.
+
+    Args:
+        graph: onnx.GraphProto of forward and backward, changed in place.
+    """
+    from onnx import helper
+
+    ranks = {
+        info.name: len(info.type.tensor_type.shape.dim)
+        for info in graph.value_info
+        if info.type.tensor_type.HasField("shape")
+    }
+    taken: set[str] = set()  # names of the logarithms
+    for index, node in enumerate(graph.node):
+        if node.op_type == _FORWARD:
+            scores, labels, weight, ignored = [*node.input, "", ""][:4]
+            if ranks.get(scores) != 2 or weight or _reduction_of(node) not in _REDUCTIONS:
+                continue
+            taken.add(node.output[1])
+            suffix, inputs = "", [scores, labels, ignored]
+        elif node.op_type == _BACKWARD and node.input[1] in taken and len(node.input) < 6:
+            grad, log_probs, labels, _, ignored = [*node.input, "", ""][:5]
+            suffix, inputs = "_grad", [grad, log_probs, labels, ignored]
+        else:
+            continue
+        name = f"ort_train::cross_entropy_{_reduction_of(node).decode()}{suffix}"
+        graph.node[index].CopyFrom(
+            helper.make_node(
+                "ATen",
+                inputs if inputs[-1] else inputs[:-1],
+                list(node.output),
+                name=node.name,
+                domain=_DOMAIN,
+                operator=name,
+                overload_name="",
+            )
+        )
+
+
+@functools.cache
+def register() -> None:
+    """With ORTModule, for graphs on the CPU, for the life of the process."""
+    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
+    registry.register_graph_optimizer(devices="cpu", priority=-1)(replace)

@@ -1,0 +1,311 @@
+"""Matrix products of a finished training graph, given to torch in place of ONNX Runtime's kernels.
+
+ONNX Runtime's CPU kernels compute in fp32 only, and slower than oneDNN does (onednn.py). When the
+gradient graph stands, products, forward and backward, become nodes that torch runs (aten.py): in
+fp32 those with a large matrix, in bf16 all of them, as autocast would choose.
+
+In bf16 a factor is rounded by a node of its own, so that what several products share (a weight and
+an activation in forward and backward, a gradient of both) is rounded once a step. Products are
+summed in fp32 by oneDNN and handed on in fp32, rounded to bf16 on the way as autocast's are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ort_train.errors import BackendUnavailableError
+from ort_train.ortmodule import onednn
+from ort_train.ortmodule.aten import direct
+
+logger = logging.getLogger(__name__)
+
+_DOMAIN = "org.pytorch.aten"
+_ROUND = "ort_train::to_bf16"
+#: Below this many entries, ONNX Runtime multiplies by an fp32 matrix as fast (512 x 512).
+_MIN_ENTRIES = 512 * 512
+#: In bf16, a matrix with a side below this makes a product that costs less than its rounding.
+_MIN_SIDE = 32
+#: The gradient of MatMul names the factors so that it has flattened to matrices
+#: (`gradient_builder.cc`, GetMatMulGradient).
+_FLATTENED = "_reshape_2d"
+
+
+# --- What torch runs
+
+
+@direct(_ROUND)
+def _to_bf16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16)
+
+
+def _flattened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, a_t: bool, b_t: bool
+) -> torch.Tensor:
+    """a · b + bias of matrices, each transposed first where its flag says so, in fp32.
+
+    Leading axes of `a` are flattened into its rows, and of `b` where both are flattened; the
+    product has those of an untransposed `a`.
+    """
+    left, right = _flattened(a), _flattened(b)
+    left, right = left.t() if a_t else left, right.t() if b_t else right
+    if a.dtype == torch.float32:
+        result = onednn.product(left, right, bias)
+    else:
+        result = torch.mm(left, right).float()
+        if bias is not None:
+            result += bias
+    return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
+
+
+def _batched_product(a: torch.Tensor, b: torch.Tensor, *, a_t: bool, b_t: bool) -> torch.Tensor:
+    """Products of the last two axes, broadcast over the others."""
+    return torch.matmul(a.mT if a_t else a, b.mT if b_t else b).float()
+
+
+def _operator(kind: str, a_t: bool, b_t: bool) -> str:
+    return f"ort_train::{kind}_{'t' if a_t else 'n'}{'t' if b_t else 'n'}"
+
+
+for _kind, _function in (("product", _product), ("batched_product", _batched_product)):
+    for _a_t, _b_t in itertools.product((False, True), repeat=2):
+        direct(_operator(_kind, _a_t, _b_t))(functools.partial(_function, a_t=_a_t, b_t=_b_t))
+
+
+# --- The graph
+
+
+class _Product(NamedTuple):
+    """a · b + bias, each factor transposed first where its flag says so."""
+
+    kind: str
+    a: str
+    b: str
+    bias: str
+    a_t: bool
+    b_t: bool
+    output: str
+
+    def transposed(self, output: str) -> _Product:
+        """The same product of matrices with its result transposed; it has no bias."""
+        return self._replace(
+            a=self.b, b=self.a, a_t=not self.b_t, b_t=not self.a_t, output=output
+        )
+
+
+class _Graph:
+    """An onnx.GraphProto and what connects its nodes."""
+
+    def __init__(self, proto: Any):
+        self.proto = proto
+        self.producers = {output: node for node in proto.node for output in node.output}
+        self.consumers = defaultdict(list)
+        for node in proto.node:
+            for name in node.input:
+                self.consumers[name].append(node)
+        self.outputs = {info.name for info in proto.output}
+        self.sizes: dict[str, list[int | None]] = {
+            tensor.name: list(tensor.dims) for tensor in proto.initializer
+        }
+        self.types: dict[str, int] = {}
+        for info in itertools.chain(proto.value_info, proto.input, proto.output):
+            kind = info.type.tensor_type
+            self.types[info.name] = kind.elem_type
+            if kind.HasField("shape"):
+                self.sizes[info.name] = [
+                    d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
+                ]
+
+    def untransposed(self, name: str) -> tuple[str, bool]:
+        """Of what matrix this is the transpose, and whether it is one."""
+        node = self.producers.get(name)
+        if node is None or not _is_matrix_transpose(node):
+            return name, False
+        return node.input[0], True
+
+    def unflattened(self, name: str) -> str:
+        """What was flattened to this matrix by the gradient of MatMul."""
+        node = self.producers.get(name)
+        is_one = node is not None and node.op_type == "Reshape" and name.endswith(_FLATTENED)
+        return node.input[0] if is_one else name
+
+    def is_wanted(self, sizes: list[int | None] | None, is_bf16: bool) -> bool:
+        """Whether torch is asked for products with a matrix of these sizes."""
+        if sizes is None or len(sizes) != 2:
+            return False
+        rows, columns = sizes
+        if rows is None or columns is None:
+            return True
+        return min(rows, columns) >= _MIN_SIDE if is_bf16 else rows * columns >= _MIN_ENTRIES
+
+
+def _is_matrix_transpose(node: Any) -> bool:
+    return node.op_type == "Transpose" and [list(a.ints) for a in node.attribute] == [[1, 0]]
+
+
+def _product_of(graph: _Graph, node: Any, is_bf16: bool) -> _Product | None:
+    """What a node computes, or None where torch isn't asked for it."""
+    if node.op_type not in ("MatMul", "FusedMatMul", "Gemm"):
+        return None
+    attributes = {a.name: a.f if a.name in ("alpha", "beta") else a.i for a in node.attribute}
+    bias = node.input[2] if len(node.input) > 2 else ""
+    if attributes.get("alpha", 1.0) != 1.0 or (bias and attributes.get("beta", 1.0) != 1.0):
+        return None
+    if attributes.get("transBatchA") or attributes.get("transBatchB"):
+        return None
+    a_t, b_t = bool(attributes.get("transA")), bool(attributes.get("transB"))
+    product = _Product("product", *node.input[:2], bias, a_t, b_t, node.output[0])
+    if node.op_type == "Gemm":
+        return _gemm(graph, product, is_bf16)
+    b, is_transpose = graph.untransposed(product.b)
+    if len(graph.sizes.get(b, ())) == 2:
+        if a_t or not graph.is_wanted(graph.sizes[b], is_bf16):
+            return None
+        return product._replace(b=b, b_t=b_t ^ is_transpose)
+    is_float = graph.types.get(product.output) == 1  # onnx.TensorProto.FLOAT
+    return product._replace(kind="batched_product") if is_bf16 and is_float else None
+
+
+def _gemm(graph: _Graph, product: _Product, is_bf16: bool) -> _Product | None:
+    a, is_a_transpose = graph.untransposed(product.a)
+    b, is_b_transpose = graph.untransposed(product.b)
+    product = product._replace(
+        a=a, b=b, a_t=product.a_t ^ is_a_transpose, b_t=product.b_t ^ is_b_transpose
+    )
+    if not product.a_t:
+        return product if graph.is_wanted(graph.sizes.get(b), is_bf16) else None
+    if product.bias:
+        return None
+    # A weight's gradient, which the transposed weight's often is made of.
+    consumers = graph.consumers[product.output]
+    is_output = product.output in graph.outputs
+    if len(consumers) == 1 and _is_matrix_transpose(consumers[0]) and not is_output:
+        product = product.transposed(consumers[0].output[0])
+    if not graph.is_wanted(graph.sizes.get(product.output), is_bf16):
+        return None
+    if product.a_t and not product.b_t:
+        a, b = graph.unflattened(product.a), graph.unflattened(product.b)
+        product = product._replace(a=a, b=b)
+    return product
+
+
+def replace(proto: Any, is_bf16: bool) -> int:
+    """Give the graph's products to torch.
+
+    Args:
+        proto: onnx.GraphProto of forward and backward, changed in place.
+        is_bf16: multiply in bf16.
+
+    Returns:
+        how many were replaced
+    """
+    from onnx import TensorProto, helper
+
+    def node_of(operator: str, inputs: list[str], output: str) -> Any:
+        return helper.make_node(
+            "ATen",
+            inputs,
+            [output],
+            name=f"{output}/{operator.rpartition(':')[2]}",
+            domain=_DOMAIN,
+            operator=operator,
+            overload_name="",
+        )
+
+    graph = _Graph(proto)
+    nodes: list[Any] = []
+    rounded: set[str] = set()
+    replaced: set[str] = set()
+    for node in proto.node:
+        product = _product_of(graph, node, is_bf16)
+        if product is None:
+            nodes.append(node)
+            continue
+        factors = [product.a, product.b]
+        if is_bf16:
+            for name in dict.fromkeys(factors):
+                if name not in rounded:
+                    rounded.add(name)
+                    nodes.append(node_of(_ROUND, [name], f"{name}/bf16"))
+                    proto.value_info.append(
+                        helper.make_tensor_value_info(f"{name}/bf16", TensorProto.BFLOAT16, None)
+                    )
+            factors = [f"{name}/bf16" for name in factors]
+        replaced.add(product.output)
+        operator = _operator(product.kind, product.a_t, product.b_t)
+        bias = [product.bias] if product.bias else []
+        nodes.append(node_of(operator, factors + bias, product.output))
+    nodes = [n for n in nodes if not (_is_matrix_transpose(n) and n.output[0] in replaced)]
+    del proto.node[:]
+    proto.node.extend(_without_unused(nodes, graph.outputs))
+    return len(replaced)
+
+
+def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
+    """Without the transposes and reshapes that nothing reads any more."""
+    used = {name for node in nodes for name in node.input} | outputs
+    return [
+        node
+        for node in nodes
+        if node.op_type not in ("Transpose", "Reshape") or node.output[0] in used
+    ]
+
+
+# --- The export
+
+_precision: contextvars.ContextVar[str | None] = contextvars.ContextVar("precision", default=None)
+
+
+def _replace_where_wanted(proto: Any) -> None:
+    precision = _precision.get()
+    if precision is not None:
+        num_products = replace(proto, precision == "bf16")
+        logger.info("%d matrix products by oneDNN in %s", num_products, precision)
+
+
+@functools.cache
+def _register() -> None:
+    """With ORTModule, for the life of the process; last, so that it meets all products."""
+    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
+    registry.register_graph_optimizer(devices="cpu", priority=-1)(_replace_where_wanted)
+
+
+@contextlib.contextmanager
+def export_scope(library: str, precision: str) -> Iterator[None]:
+    """Graphs that are built within for a CPU leave their matrix products to a library.
+
+    Args:
+        library: "onednn", "onnxruntime", or "auto" for oneDNN where it can.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        BackendUnavailableError: where oneDNN is asked for and can't.
+    """
+    reason = None
+    if precision == "fp32" and library != "onnxruntime":
+        reason = onednn.unavailable_reason()
+        if library == "onednn" and reason is not None:
+            raise BackendUnavailableError(
+                f"products='onednn' can't be had: {reason}; leave it at 'auto', or set "
+                "'onnxruntime'"
+            )
+    _register()
+    is_on = precision == "bf16" or (library != "onnxruntime" and reason is None)
+    token = _precision.set(precision if is_on else None)
+    try:
+        yield
+    finally:
+        _precision.reset(token)
