@@ -85,6 +85,8 @@ class AutoRunner:
         self._device = device
         for name in CONCRETE_BACKENDS:
             can_run, reason = available(name, precision, device.type)
+            if can_run and name == "ort" and (is_slow := _no_bf16(precision, device.type)):
+                can_run, reason = False, is_slow
             if can_run:
                 self._runners[name] = runner_factory(name, precision, options)(module, original)
             else:
@@ -185,6 +187,15 @@ class AutoRunner:
         torch.distributed.all_reduce(times)
         times /= torch.distributed.get_world_size()
         return dict(zip(step_ms, times.tolist(), strict=True))
+
+
+def _no_bf16(precision: str, device_type: str) -> str | None:
+    """Why ONNX Runtime isn't tried in bf16, or None."""
+    from ort_train.ortmodule import onednn
+
+    if precision != "bf16" or device_type != "cpu" or onednn.has_bf16():
+        return None
+    return "this CPU has no bf16 products in hardware (AVX-512 BF16 or AMX)"
 
 
 def _is_distributed() -> bool:

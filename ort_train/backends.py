@@ -119,28 +119,11 @@ def _make_ort_runner(
 ) -> Callable[..., Any]:
     from ort_train.ortmodule.forward import OrtForward
 
-    if _device_type(module) != "cpu":
-        forward: Callable[..., Any] = OrtForward(module, original, options)
-        return _EagerRunner(module, forward, precision=precision)
-    return _WithoutAutocast(OrtForward(module, original, options, precision), precision)
-
-
-class _WithoutAutocast:
-    """A training forward that sees to its precision by itself.
-
-    Autocast that is active all the same, in the same precision, is accelerate's doing, which wraps
-    every model that transformers' Trainer trains with `bf16=True`.
-    """
-
-    def __init__(self, forward: Callable[..., Any], precision: str):
-        self._forward = forward
-        self._dtype = _AUTOCAST_DTYPES.get(precision)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != self._dtype:
-            return self._forward(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return self._forward(*args, **kwargs)
+    if _device_type(module) == "cpu":  # its graph sees to the precision
+        forward: Callable[..., Any] = OrtForward(module, original, options, precision)
+        return _EagerRunner(module, forward, precision="fp32")
+    forward = OrtForward(module, original, options)
+    return _EagerRunner(module, forward, precision=precision)
 
 
 def _make_auto_runner(

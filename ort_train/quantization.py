@@ -48,8 +48,16 @@ def of_run(config: RunConfig) -> Quantization | None:
     return Quantization(
         adapter.quant_type or "nf4",
         bool(adapter.double_quant),
-        adapter.compute_dtype or _DTYPES[config.train.precision],
+        adapter.compute_dtype or _compute_dtype(config),
     )
+
+
+def _compute_dtype(config: RunConfig) -> str:
+    import torch
+
+    # On a CPU, ONNX Runtime decodes to fp32; its products are in train.precision all the same.
+    is_ort_on_cpu = config.train.backend == "ort" and not torch.cuda.is_available()
+    return "float32" if is_ort_on_cpu else _DTYPES[config.train.precision]
 
 
 def unavailable_reason() -> str | None:

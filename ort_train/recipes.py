@@ -178,7 +178,11 @@ def _use_fp32_where_needed(values: dict[str, Any]) -> None:
 
     train, model, adapter = (values[section] for section in ("train", "model", "adapter"))
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    if available(train["backend"], train["precision"], device_type)[0]:
+    can_run, _ = available(train["backend"], train["precision"], device_type)
+    if can_run and train["backend"] == "ort" and device_type == "cpu":
+        # Its bf16 is of the products of fp32 weights only.
+        can_run = model["dtype"] == "float32" and adapter["compute_dtype"] in (None, "float32")
+    if can_run:
         return
     if not available(train["backend"], "fp32", device_type)[0]:
         return  # that is to be said, not mended

@@ -65,8 +65,7 @@ def test_compile_without_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(
     ("backend", "precision", "expected"),
     [
-        ("ort", "bf16", "fp32 only, not bf16"),
-        ("ort", "fp16", "fp32 only, not fp16"),
+        ("ort", "fp16", "fp16 training needs a GPU"),
         ("eager", "fp16", "fp16 training needs a GPU"),
         ("auto", "fp16", "fp16 training needs a GPU"),
     ],

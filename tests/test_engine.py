@@ -976,7 +976,7 @@ def test_autocast_is_refused(tiny_llama: MakeModel):
     model = wrap(tiny_llama(), backend="ort")
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(UnsupportedModelError, match="precision='fp32'"),
+        pytest.raises(UnsupportedModelError, match="wrap with precision='bf16'"),
     ):
         model(**batch())
 

@@ -101,14 +101,14 @@ def test_run_with_a_baseline_shows_the_ratio(tmp_path: Path, capsys: pytest.Capt
 
 def test_all_problems_of_the_machine_at_once(tmp_path: Path):
     config = tiny(
-        tmp_path / "run", "train.precision=bf16", "train.ort={num_thread: 1, recompute: no}"
+        tmp_path / "run", "train.precision=fp16", "train.ort={num_thread: 1, recompute: no}"
     )
     with pytest.raises(ConfigError) as caught:
         job.run(config)
     message = str(caught.value)
     assert "did you mean num_threads" in message
     assert "recompute=False" in message or "recompute='no'" in message
-    assert "fp32 only" in message
+    assert "fp16 training needs a GPU" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -35,6 +35,8 @@ _ROUND = "ort_train::to_bf16"
 _MIN_ENTRIES = 512 * 512
 #: In bf16, a matrix with a side below this makes a product that costs less than its rounding.
 _MIN_SIDE = 32
+#: Taken for a side whose size isn't known.
+_UNKNOWN = 512
 #: The gradient of MatMul names the factors so that it has flattened to matrices
 #: (`gradient_builder.cc`, GetMatMulGradient).
 _FLATTENED = "_reshape_2d"
@@ -101,9 +103,7 @@ class _Product(NamedTuple):
 
     def transposed(self, output: str) -> _Product:
         """The same product of matrices with its result transposed; it has no bias."""
-        return self._replace(
-            a=self.b, b=self.a, a_t=not self.b_t, b_t=not self.a_t, output=output
-        )
+        return self._replace(a=self.b, b=self.a, a_t=not self.b_t, b_t=not self.a_t, output=output)
 
 
 class _Graph:
@@ -146,9 +146,7 @@ class _Graph:
         """Whether torch is asked for products with a matrix of these sizes."""
         if sizes is None or len(sizes) != 2:
             return False
-        rows, columns = sizes
-        if rows is None or columns is None:
-            return True
+        rows, columns = (_UNKNOWN if size is None else size for size in sizes)
         return min(rows, columns) >= _MIN_SIDE if is_bf16 else rows * columns >= _MIN_ENTRIES
 
 
