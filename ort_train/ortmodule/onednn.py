@@ -27,7 +27,7 @@ _MAX_RELATIVE_ERROR = 3e-6
 @contextlib.contextmanager
 def _preferred() -> Iterator[None]:
     """torch.mm and torch.addmm of fp32 go to oneDNN; the setting is as before at the end."""
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings: Any = torch.backends.mkldnn.matmul
     precision = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

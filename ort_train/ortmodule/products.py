@@ -139,8 +139,9 @@ class _Graph:
     def unflattened(self, name: str) -> str:
         """What was flattened to this matrix by the gradient of MatMul."""
         node = self.producers.get(name)
-        is_one = node is not None and node.op_type == "Reshape" and name.endswith(_FLATTENED)
-        return node.input[0] if is_one else name
+        if node is None or node.op_type != "Reshape" or not name.endswith(_FLATTENED):
+            return name
+        return str(node.input[0])
 
     def is_wanted(self, sizes: list[int | None] | None, is_bf16: bool) -> bool:
         """Whether torch is asked for products with a matrix of these sizes."""
@@ -165,7 +166,8 @@ def _product_of(graph: _Graph, node: Any, is_bf16: bool) -> _Product | None:
     if attributes.get("transBatchA") or attributes.get("transBatchB"):
         return None
     a_t, b_t = bool(attributes.get("transA")), bool(attributes.get("transB"))
-    product = _Product("product", *node.input[:2], bias, a_t, b_t, node.output[0])
+    a, b = node.input[:2]
+    product = _Product("product", a, b, bias, a_t, b_t, node.output[0])
     if node.op_type == "Gemm":
         return _gemm(graph, product, is_bf16)
     b, is_transpose = graph.untransposed(product.b)
