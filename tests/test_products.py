@@ -84,7 +84,7 @@ def test_layers_as_eager(every_product: None, shape: tuple[int, ...]):
         assert max(relative_errors(ours, eager).values()) < 2e-6
     names = operators(ours)
     num_products = sum(name.startswith("ort_train::product") for name in names)
-    # Three layers: forward and two gradients, of which the first needs one. Of matrices, the scores'.
+    # Three layers, forward and gradients (the first needs one); of matrices, also the scores'.
     assert num_products == (14 if len(shape) == 2 else 8)
     assert "Gemm" not in names
 

@@ -1,11 +1,11 @@
 """Matrix products by oneDNN, which torch carries but leaves aside for fp32.
 
 On CPUs with AVX-512 that aren't Intel's, torch's own choice for fp32 (MKL) and ONNX Runtime's
-kernels (MLAS) reach two thirds of oneDNN's speed. torch reaches oneDNN's product of fp32 matrices
+kernels (MLAS) reach two thirds of oneDNN's speed. torch takes oneDNN for products of fp32 matrices
 where it may round their factors to bf16 (`torch.backends.mkldnn.matmul.fp32_precision`,
-`use_mkldnn_matmul` in `aten/src/ATen/native/mkldnn/Matmul.cpp`). oneDNN makes use of that permission
-on CPUs with AMX only. Elsewhere the product is a full fp32 one: :func:`unavailable_reason` looks at
-the numbers before anything relies on it.
+`use_mkldnn_matmul` in `aten/src/ATen/native/mkldnn/Matmul.cpp`). oneDNN makes use of that
+permission on CPUs with AMX only. Elsewhere the product is a full fp32 one:
+:func:`unavailable_reason` looks at the numbers before anything relies on it.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class OrtOptions:
     #: Whether idle threads of the pool spin. They would take the cores from torch's own threads,
     #: which run the ATen nodes between ONNX Runtime's and the optimizer after them.
     allow_spinning: bool = False
-    #: Whose kernels multiply fp32 matrices on a CPU: oneDNN's (torch's), ONNX Runtime's, or oneDNN's
-    #: where they serve (AVX-512 without AMX).
+    #: Whose kernels multiply fp32 matrices on a CPU: oneDNN's (torch's), ONNX Runtime's, or "auto":
+    #: oneDNN's where they serve (AVX-512 without AMX).
     products: Literal["auto", "onednn", "onnxruntime"] = "auto"
     #: Tell glibc to keep freed memory in the process, which has no effect on other allocators.
     keep_freed_memory: bool = True
