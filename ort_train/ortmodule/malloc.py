@@ -2,8 +2,8 @@
 
 What ATen nodes return is freed within the step. glibc gives the top of its heap back to the kernel
 at once, and the next step pays for each page again: 7% of a Llama's step at hidden size 1024. ONNX
-Runtime's own arena keeps its memory likewise. Blocks of 32 MiB and more are given back all the same:
-kept, they would leave holes that raise a LoRA run's peak by 8%.
+Runtime's own arena keeps its memory likewise. Blocks of 32 MiB and more are given back all the
+same: kept, they would leave holes that raise a LoRA run's peak by 8%.
 """
 
 from __future__ import annotations
