@@ -12,13 +12,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ort_train import record as records
+from ort_train.bench_options import (
+    add_outputs,
+    numbers,
+    output_problems,
+    show_and_save,
+    words,
+)
 from ort_train.bench_run import Case, Run, result
 from ort_train.bench_turns import take_turns
 from ort_train.config import RunConfig, near_matches, parse
@@ -188,9 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, help="training steps before the first round (default: the recipe's)")
     add("--threads", type=int, help="threads of torch and of ONNX Runtime (default: their own)")
     add("--tiny", action="store_true", help="shrink the model, for a trial in seconds")
-    add("--json", type=Path, metavar="FILE", help="write the record")
-    add("--plot", type=Path, metavar="FILE", help="write a chart, .png or .svg")
-    add("--html", type=Path, metavar="FILE", help="write a self-contained page")
+    add_outputs(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -203,21 +207,14 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: with every problem of the options, before anything is run.
     """
-    from ort_train import report
     from ort_train.recipes import load_recipe
 
-    problems = [
-        f"{option} {path} is a directory: give the name of a file in it"
-        for option, path in (("--json", args.json), ("--plot", args.plot), ("--html", args.html))
-        if path is not None and path.is_dir()
-    ]
-    if args.plot is not None and args.plot.suffix not in report.PLOT_SUFFIXES:
-        problems.append(f"--plot {args.plot} must end in {' or '.join(report.PLOT_SUFFIXES)}")
+    problems = output_problems(args)
     lists = {
-        "--backends": _words("--backends", args.backends, BACKENDS, problems),
-        "--precision": _words("--precision", args.precision, PRECISIONS, problems),
-        "--batch-sizes": _numbers("--batch-sizes", args.batch_sizes, problems),
-        "--seq-lens": _numbers("--seq-lens", args.seq_lens, problems),
+        "--backends": words("--backends", args.backends, BACKENDS, problems),
+        "--precision": words("--precision", args.precision, PRECISIONS, problems),
+        "--batch-sizes": numbers("--batch-sizes", args.batch_sizes, problems),
+        "--seq-lens": numbers("--seq-lens", args.seq_lens, problems),
     }
     try:
         config = load_recipe(args.recipe, args.overrides, tiny=args.tiny)
@@ -244,37 +241,4 @@ def main(args: argparse.Namespace) -> int:
         threads=args.threads,
         on_event=lambda line: tqdm.write(line, file=sys.stderr),
     )
-    report.show(record)
-    for path, save in (
-        (args.json, records.write),
-        (args.plot, report.plot),
-        (args.html, report.html),
-    ):
-        if path is not None:
-            save(record, path)
-            print(f"wrote {path}")
-    return int(any(result["status"] in ("failed", "mismatch") for result in record["results"]))
-
-
-def _words(option: str, text: str | None, known: Sequence[str], problems: list[str]) -> list[Any]:
-    """A comma-separated option's values; [None], the recipe's own, where it isn't given."""
-    if text is None:
-        return [None]
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            problems.append(f"{option} {word!r} is unknown: {near_matches(word, known)}")
-    if not words:
-        problems.append(f"{option} is empty: {near_matches('', known)}")
-    return words
-
-
-def _numbers(option: str, text: str | None, problems: list[str]) -> list[Any]:
-    if text is None:
-        return [None]
-    words = [word.strip() for word in text.split(",")]
-    wrong = [word for word in words if not word.isascii() or not word.isdigit() or int(word) < 1]
-    if wrong:
-        problems.append(f"{option} {text!r} must be whole numbers of at least 1, like 1,2,4")
-        return [None]
-    return [int(word) for word in words]
+    return show_and_save(record, args)

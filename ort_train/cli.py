@@ -83,6 +83,31 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         benchmark.add_arguments(bench)
         bench.set_defaults(run=benchmark.main)
 
+    inference = commands.add_parser(
+        "bench-inference",
+        help="measure prompts and generation by ONNX Runtime, PyTorch and llama.cpp",
+        description="Measure prompts and greedy generation of a language model by several "
+        "engines, each in a process of its own, in turns, held against eager PyTorch. ONNX exports "
+        "and GGUF files that are missing are made beside DIR first.",
+    )
+    if command == "bench-inference":
+        from ort_train.inference import bench_generation
+
+        bench_generation.add_arguments(inference)
+        inference.set_defaults(run=bench_generation.main)
+
+    images = commands.add_parser(
+        "bench-diffusion",
+        help="measure a text-to-image pipeline by ONNX Runtime and PyTorch",
+        description="Draw the same images by ONNX Runtime and by PyTorch, in turns, over batch "
+        "sizes and steps. An export that is missing is made beside DIR first.",
+    )
+    if command == "bench-diffusion":
+        from ort_train.inference.diffusion import bench as image_benchmark
+
+        image_benchmark.add_arguments(images)
+        images.set_defaults(run=image_benchmark.main)
+
     doctor = commands.add_parser("doctor", help="what is installed, what is wrong, how to mend it")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)

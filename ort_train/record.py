@@ -111,8 +111,8 @@ class ModelInfo(_Section):
     adapter: str
 
 
-class Record(BaseModel):
-    """A whole benchmark; a job may add sections of its own."""
+class Envelope(BaseModel):
+    """What the record of every kind of benchmark holds; a job may add sections of its own."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -124,11 +124,118 @@ class Record(BaseModel):
     git_sha: str | None
     git_dirty: bool | None
     environment: dict[str, str] = {}  # variables about threads
+
+
+class Record(Envelope):
+    """A benchmark of training steps."""
+
+    kind: Literal["training"] = "training"
     recipe: str
     model: ModelInfo | None  # null where no case came as far as a model
     data: str | None  # which corpus, in words
     protocol: Protocol
     results: list[Result]
+
+
+class EngineResult(_Section):
+    """One case: an engine at a shape."""
+
+    engine: str
+    batch_size: int
+    status: Literal["ok", "mismatch", "unavailable", "failed"]
+    reason: str | None = None  # why the status isn't ok
+    reference_only: bool = False  # run as the parity reference, not asked for
+    load_s: float | None = None  # until the first round could begin: loading, compiling, warm-up
+    peak_gib: float | None = None  # of the process
+    # Baseline engine -> what was sped up -> ratios of paired rounds.
+    speedups: dict[str, dict[str, Spread]] = {}
+
+
+class LogitParity(_Section):
+    """Distance to eager fp32 at the same prompts."""
+
+    # After the prompt: rms of the differences, over the standard deviation of eager's logits; null
+    # where one wasn't finite.
+    logits_rel: float | None
+    tolerance: float
+    equal_tokens: list[int]  # of each row: generated tokens before the first that is another
+
+
+class GenerationResult(EngineResult):
+    """Prompts of one length, and the tokens generated after them."""
+
+    prompt_len: int  # tokens of each row
+    prompt_tokens_per_s: Spread | None = None  # all rows together
+    generate_tokens_per_s: Spread | None = None  # all rows; the mean over the generated tokens
+    prompt_ms: Spread | None = None
+    token_ms: Spread | None = None  # a step that generates one token for each row
+    parity: LogitParity | None = None
+
+
+class GenerationProtocol(_Section):
+    new_tokens: int  # generated after each prompt, greedily
+    rounds: int
+    warmup: str
+
+
+class DecoderInfo(_Section):
+    architecture: str
+    name: str | None
+    num_parameters: int
+
+
+class GenerationRecord(Envelope):
+    """A benchmark of prompts and generation."""
+
+    kind: Literal["generation"]
+    model: DecoderInfo | None
+    protocol: GenerationProtocol
+    results: list[GenerationResult]
+
+
+class ImageParity(_Section):
+    """Distance to eager's images from the same noise, of pixels from 0 to 1."""
+
+    image_max_abs: float | None
+    tolerance: float
+
+
+class ImageResult(EngineResult):
+    """A batch of images drawn in some steps."""
+
+    steps: int
+    images_per_s: Spread | None = None
+    batch_s: Spread | None = None  # prompt to pixels, of the whole batch
+    parity: ImageParity | None = None
+
+
+class ImageProtocol(_Section):
+    rounds: int
+    height: int
+    width: int
+    guidance_scale: float
+
+
+class PipelineInfo(_Section):
+    pipeline: str
+    name: str | None
+    num_parameters: int  # of the models that draw: text encoders, UNet, decoder
+
+
+class ImageRecord(Envelope):
+    """A benchmark of drawing images."""
+
+    kind: Literal["images"]
+    model: PipelineInfo | None
+    protocol: ImageProtocol
+    results: list[ImageResult]
+
+
+KINDS: dict[str, type[Envelope]] = {
+    "training": Record,
+    "generation": GenerationRecord,
+    "images": ImageRecord,
+}
 
 
 def validate(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,8 +254,11 @@ def validate(record: Mapping[str, Any]) -> dict[str, Any]:
             f"record has schema {record.get('schema')!r}, this version reads {SCHEMA}: "
             "run the benchmark again with `ort-train bench`"
         )
+    kind = record.get("kind", "training")  # the first records had no other
+    if kind not in KINDS:
+        raise RecordError(f"record is of kind {kind!r}, known are {', '.join(KINDS)}")
     try:
-        return Record.model_validate(record).model_dump(mode="json", by_alias=True)
+        return KINDS[kind].model_validate(record).model_dump(mode="json", by_alias=True)
     except ValidationError as error:
         lines = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()

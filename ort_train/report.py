@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,46 +13,32 @@ from rich.table import Table
 from rich.text import Text
 
 from ort_train.record import RecordError, replacing
+from ort_train.report_views import (
+    ALPHAS,
+    COLORS,
+    OTHER,
+    TIMES,
+    Chart,
+    Record,
+    Result,
+    results,
+    view,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PLOT_SUFFIXES = (".png", ".svg")
-# Okabe and Ito's palette, told apart by colour-blind readers too. https://jfly.uni-koeln.de/color
-COLORS = {"eager": "#8c8c8c", "compile": "#0072b2", "ort": "#d55e00"}
-OTHER = "#009e73"
-ALPHAS = {"fp32": 1.0, "bf16": 0.7, "fp16": 0.45}
 STATUS_STYLES = {
     "ok": "green",
     "mismatch": "bold red",
     "failed": "bold red",
     "unavailable": "yellow",
 }
-TIMES = "\N{MULTIPLICATION SIGN}"  # charts only: not every terminal can show it
 MAX_REASON_CHARS = 800
-NONE = "-"
-
-Record = Mapping[str, Any]
-Result = Mapping[str, Any]
-
-# Head with its unit, and how a result fills the cell.
-COLUMNS: dict[str, Callable[[Result], str]] = {
-    "backend": lambda r: r["backend"],
-    "precision": lambda r: r["precision"],
-    "batch\nsamples": lambda r: str(r["micro_batch_size"]),
-    "seq\ntokens": lambda r: str(r["block_size"]),
-    "it/s\nmedian (p20..p80)": lambda r: _spread(r["it_per_s"]),
-    "tokens/s": lambda r: _number(r["tokens_per_s"], "{:,.0f}"),
-    "step\nms": lambda r: _number(r["step_ms"] and r["step_ms"]["median"], "{:.1f}"),
-    "first step\ns": lambda r: _number(r["first_step_s"], "{:.2f}"),
-    "peak\nGiB": lambda r: _number(r["peak_gib"], "{:.2f}"),
-    "loss\nmax diff": lambda r: _number(_parity(r, "loss_max_abs"), "{:.1e}"),
-    "gradient\nmax rel diff": lambda r: _number(_parity(r, "grad_max_rel"), "{:.1e}"),
-    "x eager\nmedian (p20..p80)": lambda r: _speedup(r, "eager"),
-    "x compile": lambda r: _number(r["speedup_vs_compile"], "{:.2f}"),
-    "status": lambda r: r["status"],
-}
+# More bars than this leave no room for the numbers above them.
+MAX_LABELLED_BARS = 30
 
 
 def table(record: Record, upright: bool = False) -> Table:
@@ -63,17 +49,18 @@ def table(record: Record, upright: bool = False) -> Table:
         upright: a column for each result instead of a row, for narrow terminals.
     """
     shown = Table(title=title(record), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    rows = [[cell(result) for cell in COLUMNS.values()] for result in results(record)]
+    columns = view(record).columns
+    rows = [[cell(result) for cell in columns.values()] for result in results(record)]
     if upright:
-        heads = [head.replace("\n", ", ") for head in COLUMNS]
+        heads = [head.replace("\n", ", ") for head in columns]
         shown.add_column(heads[0])
         for row in rows:
             shown.add_column(row[0], justify="right")
         for head, *cells in list(zip(heads, *rows, strict=True))[1:]:
             shown.add_row(head, *(_styled(cell) for cell in cells))
     else:
-        for head in COLUMNS:
-            words = head in ("backend", "precision", "status")
+        for head in columns:
+            words = head in view(record).words
             shown.add_column(head, justify="left" if words else "right")
         for row in rows:
             shown.add_row(*(_styled(cell) for cell in row))
@@ -96,41 +83,19 @@ def show(record: Record, console: Console | None = None) -> None:
 
 def title(record: Record) -> str:
     """What was measured, in one line."""
-    model = record["model"]
-    if model is None:
-        return record["recipe"]
-    size = _count(model["num_parameters"])
-    name = model["name"] or model["architecture"]
-    trained = ""
-    if model["num_trainable"] < model["num_parameters"]:
-        trained = f", {_count(model['num_trainable'])} of them trained ({model['adapter']})"
-    return f"{record['recipe']}: {name}, {size} parameters{trained}"
+    return view(record).title(record)
 
 
 def summary_lines(record: Record) -> list[str]:
     """The outcome, why some cases have none, and where it was measured."""
-    lines = []
-    for result in results(record):
-        gains = [
-            f"{result[f'speedup_vs_{baseline}']:.2f} x {baseline}"
-            for baseline in ("eager", "compile")
-            if baseline != result["backend"] and result[f"speedup_vs_{baseline}"] is not None
-        ]
-        if result["backend"] == "ort" and gains:
-            lines.append(f"{case(result)}: {', '.join(gains)}")
+    shown = view(record)
+    lines = shown.outcome(record)
     lines += [
-        f"{case(result)} {_verb(result['status'])}: {_shortened(result['reason'])}"
+        f"{shown.case(result)} {_verb(result['status'])}: {_shortened(result['reason'])}"
         for result in record["results"]
         if result["status"] != "ok"
     ]
-    protocol = record["protocol"]
-    lines.append(
-        f"{protocol['rounds']} interleaved rounds of {protocol['steps']} training steps "
-        f"(forward, backward, fused AdamW) after {protocol['warmup_steps']} of warm-up, "
-        "without dropout; differences are to eager fp32"
-    )
-    if record["data"]:
-        lines.append(f"data: {record['data']}")
+    lines += shown.protocol(record)
     return [*lines, f"machine: {machine_line(record)}", f"versions: {versions_line(record)}"]
 
 
@@ -155,19 +120,8 @@ def versions_line(record: Record) -> str:
     return ", ".join(parts)
 
 
-def results(record: Record) -> list[Result]:
-    """The results that were asked for: without a reference that was only compared with."""
-    return [result for result in record["results"] if not result["reference_only"]]
-
-
-def case(result: Result) -> str:
-    """A result's name."""
-    shape = f"{result['micro_batch_size']}x{result['block_size']}"
-    return f"{result['backend']} {result['precision']} {shape}"
-
-
 def plot(record: Record, path: str | Path) -> None:
-    """Write the chart: speed-up over eager by shape, or it/s where there is no eager to compare.
+    """Write the chart: speed-up over eager by shape, or speed where there is no eager to compare.
 
     Raises:
         RecordError: the path's suffix is neither .png nor .svg.
@@ -186,6 +140,7 @@ def html(record: Record, path: str | Path) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ort_train"), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    columns = view(record).columns
     buffer = io.StringIO()
     _figure(record).savefig(buffer, format="svg")
     svg = buffer.getvalue()
@@ -194,8 +149,8 @@ def html(record: Record, path: str | Path) -> None:
     ).render(
         title=title(record),
         record=record,
-        heads=[head.replace("\n", ", ") for head in COLUMNS],
-        rows=[[cell(result) for cell in COLUMNS.values()] for result in results(record)],
+        heads=[head.replace("\n", ", ") for head in columns],
+        rows=[[cell(result) for cell in columns.values()] for result in results(record)],
         lines=summary_lines(record)[:-2],  # machine and versions have places of their own
         svg=svg[svg.index("<svg") :],  # an XML prologue has no place inside a page
         machine=machine_line(record),
@@ -206,46 +161,65 @@ def html(record: Record, path: str | Path) -> None:
 
 
 def _figure(record: Record) -> Figure:
-    """Bars for each backend and precision, grouped by shape where there are several."""
+    """Bars for each engine and precision, grouped by shape where there are several."""
     # Not pyplot: it keeps figures alive, and picks a window system.
     from matplotlib.figure import Figure
 
+    charts = view(record).charts
     shown = results(record)
-    shapes = sorted({(r["block_size"], r["micro_batch_size"]) for r in shown})
-    series = list(dict.fromkeys((r["backend"], r["precision"]) for r in shown))
-    relative = any(r["speedup_vs_eager"] is not None for r in shown)
+    num_shapes = len({view(record).shape(result) for result in shown})
+    num_series = len({view(record).series(result) for result in shown})
+    inches = min(16.0, max(6.4, 1.6 + 0.75 * num_shapes * num_series))
+    figure = Figure(figsize=(inches, 1.4 + 3.0 * len(charts)), layout="constrained")
+    panels = figure.subplots(len(charts), squeeze=False)[:, 0]
+    for index, (axes, chart) in enumerate(zip(panels, charts, strict=True)):
+        _panel(axes, record, chart, with_legend=index == 0)
+    figure.suptitle(title(record), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.supxlabel(_caption(record), fontsize=8, color="#606060", x=0.01, ha="left")
+    return figure
+
+
+def _panel(axes: Axes, record: Record, chart: Chart, with_legend: bool) -> None:
+    kind, shown = view(record), results(record)
+    shapes = sorted({kind.shape(result) for result in shown})
+    series = list(dict.fromkeys(kind.series(result) for result in shown))
+    relative = any(chart.ratio(result) is not None for result in shown)
     one_precision = len({precision for _, precision in series}) == 1
-    names = [b if one_precision else f"{b} {p}" for b, p in series]
+    names = [kind.series_name(entry, one_precision) for entry in series]
     width = 0.8 / len(series)
-    inches = min(16.0, max(6.4, 1.6 + 0.75 * len(shapes) * len(series)))
-    figure = Figure(figsize=(inches, 4.4), layout="constrained")
-    axes = figure.subplots()
     for result in shown:
-        place = shapes.index((result["block_size"], result["micro_batch_size"]))
-        index = series.index((result["backend"], result["precision"]))
+        place = shapes.index(kind.shape(result))
+        index = series.index(kind.series(result))
         x = place + (index - (len(series) - 1) / 2) * width
-        _bar(axes, x, width, result, relative)
+        is_labelled = len(shown) <= MAX_LABELLED_BARS
+        _bar(axes, x, width, result, series[index], chart, relative, is_labelled)
     if relative:
         axes.axhline(1, color="#404040", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.5, len(shapes) - 0.5)
     axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel(f"training speed, {TIMES} eager" if relative else "training iterations/s")
-    labels = [f"{batch} {TIMES} {block}" for block, batch in shapes]
+    axes.set_ylabel(chart.relative if relative else chart.absolute)
+    labels = [kind.shape_label(shape) for shape in shapes]
     if len(shapes) == 1:
         ticks = [(index - (len(series) - 1) / 2) * width for index in range(len(series))]
         axes.set_xticks(ticks, [name.replace(" ", "\n") for name in names])
-        axes.set_xlabel(f"batch of {labels[0]} tokens")
-    else:
-        for (backend, precision), name in zip(series, names, strict=True):
-            axes.bar(0, 0, color=COLORS.get(backend, OTHER), alpha=ALPHAS[precision], label=name)
+        axes.set_xlabel(kind.shape_title(labels[0]))
+        return
+    if with_legend:
+        for (engine, precision), name in zip(series, names, strict=True):
+            axes.bar(0, 0, color=_color(engine), alpha=_alpha(precision), label=name)
         axes.legend(ncols=6, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
-        axes.set_xticks(range(len(shapes)), labels)
-        axes.set_xlabel(f"batch: samples {TIMES} tokens")
-    figure.suptitle(title(record), x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.supxlabel(_caption(record), fontsize=8, color="#606060", x=0.01, ha="left")
-    return figure
+    axes.set_xticks(range(len(shapes)), labels, rotation=90 if len(shapes) > 12 else 0)
+    axes.set_xlabel(kind.shape_title(None))
+
+
+def _color(engine: str) -> str:
+    return COLORS.get(engine, OTHER)
+
+
+def _alpha(precision: str) -> float:
+    return ALPHAS.get(precision, 1.0)
 
 
 def _threads(machine: Mapping[str, Any]) -> str:
@@ -267,24 +241,34 @@ def _caption(record: Record) -> str:
     )
 
 
-def _bar(axes: Axes, x: float, width: float, result: Result, relative: bool) -> None:
+def _bar(
+    axes: Axes,
+    x: float,
+    width: float,
+    result: Result,
+    series: tuple[str, str],
+    chart: Chart,
+    relative: bool,
+    is_labelled: bool,
+) -> None:
     """One result: a bar with its value and spread, or the word for why there is none."""
-    color, rate = COLORS.get(result["backend"], OTHER), result["it_per_s"]
-    spread: tuple[float, float, float] | None = None
-    if relative and result["speedup_vs_eager"] is not None:
-        spread = (result["speedup_vs_eager"], *result["speedup_vs_eager_range"])
-    elif not relative and rate is not None:
-        spread = (rate["median"], rate["p20"], rate["p80"])
-    if spread is None or result["status"] != "ok":
+    (engine, precision), rate = series, chart.rate(result)
+    color = _color(engine)
+    values = chart.ratio(result) if relative else rate
+    if values is None or result["status"] != "ok":
         why = result["status"] if result["status"] != "ok" else "no baseline"
         axes.text(x, 0, f" {why}", rotation=90, ha="center", va="bottom", fontsize=9, color=color)
         return
-    height, low, high = spread
-    axes.bar(x, height, width * 0.92, color=color, alpha=ALPHAS[result["precision"]])
+    height, low, high = values["median"], values["p20"], values["p80"]
+    axes.bar(x, height, width * 0.92, color=color, alpha=_alpha(precision))
     if low < high:  # the baseline against itself has no spread
         whiskers = [[max(0.0, height - low)], [max(0.0, high - height)]]
         axes.errorbar(x, height, whiskers, color="#202020", linewidth=1, capsize=2.5)
-    text = f"{height:.2f} {TIMES}\n{rate['median']:.3g} it/s" if relative else f"{height:.3g}"
+    if not is_labelled:
+        return
+    text = f"{height:.3g}"
+    if relative and rate is not None:
+        text = f"{height:.2f} {TIMES}\n{rate['median']:.3g} {chart.unit}"
     axes.annotate(
         text, (x, high), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=8
     )
@@ -292,33 +276,6 @@ def _bar(axes: Axes, x: float, width: float, result: Result, relative: bool) -> 
 
 def _styled(cell: str) -> Text:
     return Text(cell, STATUS_STYLES.get(cell, ""))
-
-
-def _spread(spread: Mapping[str, float] | None) -> str:
-    if spread is None:
-        return NONE
-    return f"{_rate(spread['median'])} ({_rate(spread['p20'])}..{_rate(spread['p80'])})"
-
-
-def _speedup(result: Result, baseline: str) -> str:
-    value = result[f"speedup_vs_{baseline}"]
-    if value is None:
-        return NONE
-    low, high = result[f"speedup_vs_{baseline}_range"]
-    return f"{value:.2f}" if low == high else f"{value:.2f} ({low:.2f}..{high:.2f})"
-
-
-def _rate(value: float) -> str:
-    """Three digits that can be told apart at any speed."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return NONE if value is None else form.format(value)
-
-
-def _parity(result: Result, name: str) -> float | None:
-    return result["parity"][name] if result["parity"] else None
 
 
 def _verb(status: str) -> str:
@@ -334,10 +291,3 @@ def _shortened(reason: str) -> str:
     if len(reason) <= MAX_REASON_CHARS:
         return reason
     return f"{reason[:MAX_REASON_CHARS]}... (the record has all of it)"
-
-
-def _count(number: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)

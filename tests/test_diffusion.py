@@ -243,3 +243,50 @@ def test_a_damaged_export_is_refused(exported, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(ExportError, match=message):
         load_pipeline(folder)
+
+
+def test_benchmark_of_images(exported, tmp_path, capsys):
+    from ort_train import record as records
+    from ort_train import report
+
+    out = tmp_path / "record.json"
+    words = ["bench-diffusion", str(exported[0]), "--exported", str(exported[1]), "--steps", "2"]
+    words += ["--batch-sizes", "2", "--height", "64", "--width", "64", "--rounds", "2"]
+    assert main([*words, "--threads", "1", "--json", str(out)]) == 0
+    record = records.load(out)
+    ort = next(result for result in record["results"] if result["engine"] == "ort")
+    assert ort["status"] == "ok"
+    assert ort["parity"]["image_max_abs"] < IMAGE_TOLERANCE
+    assert ort["speedups"]["eager"]["images"]["median"] > 0
+    assert ort["batch_s"]["median"] == pytest.approx(2 / ort["images_per_s"]["median"], rel=0.5)
+    assert "ort 2x2: images" in capsys.readouterr().out
+    report.plot(record, tmp_path / "chart.svg")
+    report.html(record, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<tr>") == 3
+
+
+def test_other_images_have_no_speedup(tmp_path):
+    from ort_train.inference.diffusion.bench import Case, Run
+
+    runs = []
+    for name, value in (("eager", 0.5), ("ort", 0.52)):
+        run = Run(Case(name, 1, 1), {}, files=tmp_path / name)
+        run.files.mkdir()
+        np.save(run.images, np.full((1, 8, 8, 3), value, np.float32))
+        runs.append(run)
+    runs[1].judge(reference=runs[0])
+    assert runs[1].status == "mismatch"
+    assert "pixels differ by 0.02 (allowed 0.001)" in runs[1].reason
+
+
+def test_problems_of_the_benchmark_are_told_at_once(source, tmp_path, capsys):
+    words = ["bench-diffusion", str(source), "--steps", "0", "--engines", "ort,onnx"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "'0' must be whole numbers" in err
+    assert "'onnx' is unknown" in err
+    assert main(["bench-diffusion", str(source), "--height", "60", "--rounds", "0"]) == 2
+    err = capsys.readouterr().err
+    assert "height 60 must be a multiple of 8" in err
+    assert "rounds 0" in err
+    assert not source.with_name("source-exports").exists()

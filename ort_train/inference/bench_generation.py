@@ -1,0 +1,420 @@
+"""`ort-train bench-inference`: prompts and generation by several engines, held against eager.
+
+What runs is decided here; `engines.py` names the engines, `exports.py` makes what they load,
+`generation_worker.py` and `llamacpp_worker.py` run them, `bench_turns.py` takes them in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ort_train import record as records
+from ort_train.bench_options import add_outputs, numbers, output_problems, show_and_save, words
+from ort_train.bench_process import Worker
+from ort_train.bench_turns import CaseRun, paired_ratios, short, spread, take_turns
+from ort_train.errors import ConfigError
+from ort_train.inference import exports
+from ort_train.inference.engines import DEFAULT, ENGINES, GROUPS, REFERENCE, expand
+from ort_train.inference.gguf_convert import obstacle
+from ort_train.inference.session import default_num_threads
+from ort_train.parity import finite
+
+PYTHON_VARIABLE = "ORT_TRAIN_LLAMACPP_PYTHON"
+INSTALL_LLAMACPP = (
+    "python3 -m venv llamacpp && CMAKE_ARGS='-DLLAVA_BUILD=OFF -DGGML_NATIVE=ON -DLLAMA_CURL=OFF "
+    "-DLLAMA_OPENSSL=OFF' llamacpp/bin/pip install --no-binary llama-cpp-python llama-cpp-python "
+    "gguf"
+)
+_SEED = 0
+# A token may be another where eager's own logits are this close: each of the two may be off by five
+# times the rms of the differences, which one of some 30,000 normal ones hardly exceeds.
+_TIE = 10.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine, rows of a batch, tokens of each prompt."""
+
+    engine: str
+    batch_size: int
+    prompt_len: int
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.batch_size}x{self.prompt_len}"
+
+
+@dataclass
+class Run(CaseRun):
+    """A case of prompts and generation; `config` is what its worker is told."""
+
+    python: str = sys.executable
+
+    @property
+    def outputs(self) -> Path:
+        return self.files / "outputs.npz"
+
+    def start_worker(self, timeout_s: float) -> Worker:
+        is_llamacpp = ENGINES[self.case.engine].runs_in == "llamacpp"
+        module = "llamacpp_worker" if is_llamacpp else "generation_worker"
+        command = [self.python, "-m", f"ort_train.inference.{module}"]
+        return Worker(self.files, timeout_s, command)
+
+    def request(self) -> dict[str, Any]:
+        return {"engine": self.case.engine, "outputs": str(self.outputs), **self.config}
+
+    def compare(self, reference: CaseRun) -> str | None:
+        assert isinstance(reference, Run)
+        tolerance = ENGINES[self.case.engine].tolerance
+        with np.load(self.outputs) as ours, np.load(reference.outputs) as theirs:
+            self.parity, problem = compare(dict(ours), dict(theirs), tolerance)
+        return problem
+
+
+def compare(
+    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float
+) -> tuple[dict[str, Any], str | None]:
+    """Hold an engine's logits and greedy tokens against eager's.
+
+    Args:
+        ours: `logits` (B, V) after the prompts, and `tokens` (B, N).
+        theirs: also `candidates` and `values` (B, N, K): eager's highest logits of each step.
+        tolerance: of the rms of the logits' differences, over the standard deviation of eager's.
+
+    Returns:
+        The record's parity section, and what exceeds the tolerance (None: nothing does).
+    """
+    deviation = float(theirs["logits"].std())
+    error = float(np.sqrt(np.mean((ours["logits"] - theirs["logits"]) ** 2)) / deviation)
+    equal = np.cumprod(ours["tokens"] == theirs["tokens"], axis=1).sum(axis=1)
+    parity = {
+        "logits_rel": finite(error),
+        "tolerance": tolerance,
+        "equal_tokens": [int(number) for number in equal],
+    }
+    # Written so that a NaN, which compares false with everything, is a problem.
+    if not error <= tolerance:
+        return parity, (
+            f"logits after the prompt differ by {error:.2g} of their deviation (allowed "
+            f"{tolerance:g})"
+        )
+    for row, step in enumerate(equal):
+        if step == ours["tokens"].shape[1]:
+            continue
+        token = int(ours["tokens"][row, step])
+        candidates, values = theirs["candidates"][row, step], theirs["values"][row, step]
+        near = values[candidates == token]
+        gap = (values.max() - near[0]) / deviation if near.size else float("inf")
+        if not gap <= _TIE * tolerance:
+            return parity, (
+                f"token {step + 1} generated in row {row + 1} is {token}, whose logit is "
+                f"{gap:.2g} deviations below that of eager's choice (allowed {_TIE * tolerance:g})"
+            )
+    return parity, None
+
+
+def run_benchmark(
+    source: str | Path,
+    engines: Sequence[str],
+    batch_sizes: Sequence[int],
+    prompt_lens: Sequence[int],
+    *,
+    new_tokens: int = 256,
+    rounds: int = 3,
+    threads: int | None = None,
+    llamacpp_python: str | None = None,
+    progress: bool = True,
+    on_event: Callable[[str], None] | None = None,
+    timeout_s: float = 1800.0,
+) -> dict[str, Any]:
+    """Measure prompts and generation of every engine on the same model and tokens.
+
+    Each case is an engine at a shape, in a process of its own. Prompts are random tokens; what
+    follows is chosen greedily.
+
+    Args:
+        source: the folder of a run, or of a transformers model.
+        engines: names of `engines.ENGINES`. Eager is run as the reference even if it isn't named.
+        new_tokens: generated after each prompt.
+        rounds: turns of each case.
+        threads: of every engine; None: one a core.
+        llamacpp_python: the interpreter of an environment with llama-cpp-python and gguf.
+        on_event: called with a line of text whenever something is made or a case has come further.
+        timeout_s: how long one stage of a case may take before it counts as hung.
+
+    Returns:
+        The record (`record.GenerationRecord`).
+
+    Raises:
+        ConfigError: with everything that is wrong, before any work starts.
+        ExportError: the model can't be exported or converted.
+    """
+    tell = on_event or (lambda line: None)
+    source = Path(source).expanduser()
+    model = exports.locate(source, tell)
+    config = _read_config(model)
+    _check(config, engines, batch_sizes, prompt_lens, new_tokens, rounds, threads, llamacpp_python)
+    threads = threads or default_num_threads()  # one number for all, or the ratios say nothing
+    folders = exports.make(model, [REFERENCE, *engines], llamacpp_python, tell)
+    started_at, machine = records.now(), records.machine()
+    runs: list[Run] = []
+    shapes = list(product(batch_sizes, prompt_lens))
+    named = list(dict.fromkeys([REFERENCE, *engines]))
+    with (
+        tempfile.TemporaryDirectory(prefix="ort_train-prompts-") as folder,
+        tqdm(total=len(shapes) * len(named) * (1 + rounds), disable=not progress) as bar,
+    ):
+        for batch_size, prompt_len in shapes:
+            prompts = Path(folder) / f"{batch_size}x{prompt_len}.npy"
+            np.save(prompts, _prompts(config["vocab_size"], batch_size, prompt_len))
+            group = [
+                Run(
+                    Case(engine, batch_size, prompt_len),
+                    {
+                        "model": str(folders[engine].absolute()),
+                        "prompts": str(prompts),
+                        "new_tokens": new_tokens,
+                        "threads": threads,
+                    },
+                    reference_only=engine not in engines,
+                    python=(
+                        str(llamacpp_python)
+                        if ENGINES[engine].runs_in == "llamacpp"
+                        else sys.executable
+                    ),
+                )
+                for engine in named
+            ]
+            take_turns(
+                group,
+                rounds,
+                prepare={},
+                turn={},
+                prepared_line=lambda run: f"ready after {run.prepared['load_s']:.1f} s",
+                turn_line=lambda run: _speeds(run, new_tokens),
+                timeout_s=timeout_s,
+                bar=bar,
+                tell=tell,
+            )
+            runs += group
+    prepared: dict[str, Any] = next((run.prepared for run in runs if run.prepared), {})
+    found = (run.prepared.get("engine_version") for run in runs)
+    llamacpp_version = next(filter(None, found), None)
+    record = records.assemble(
+        started_at,
+        machine | {"threads": prepared.get("threads")},
+        {
+            "kind": "generation",
+            "model": {
+                "architecture": config["model_type"],
+                "name": source.absolute().name,
+                "num_parameters": _num_parameters(model),
+            },
+            "protocol": {
+                "new_tokens": new_tokens,
+                "rounds": rounds,
+                "warmup": "one prompt and generation",
+            },
+            "results": [_result(run, runs, new_tokens) for run in runs],
+        },
+    )
+    if llamacpp_version is not None:
+        record["versions"]["llama-cpp-python"] = llamacpp_version
+    return record
+
+
+def _check(
+    config: dict[str, Any],
+    engines: Sequence[str],
+    batch_sizes: Sequence[int],
+    prompt_lens: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    threads: int | None,
+    llamacpp_python: str | None,
+) -> None:
+    """Collect everything that is wrong."""
+    numbers = [
+        *(("batch size", value) for value in batch_sizes),
+        *(("prompt length", value) for value in prompt_lens),
+        ("new tokens", new_tokens),
+        ("rounds", rounds),
+        ("threads", 1 if threads is None else threads),
+    ]
+    problems = [f"{name} {value} must be at least 1" for name, value in numbers if value < 1]
+    unknown = [engine for engine in engines if engine not in ENGINES]
+    problems += [f"engine {name!r} is none of {', '.join(ENGINES)}" for name in unknown]
+    if not engines:
+        problems.append(f"no engine to measure: name some of {', '.join(ENGINES)}")
+    positions = config.get("max_position_embeddings")
+    problems += [
+        f"a prompt of {length} tokens and {new_tokens} new ones exceed max_position_embeddings "
+        f"{positions} of the model: leave that length out, or pass a smaller --new-tokens"
+        for length in prompt_lens
+        if positions is not None and length + new_tokens > positions
+    ]
+    if any(name in ENGINES and ENGINES[name].runs_in == "llamacpp" for name in engines):
+        if reason := obstacle(config):
+            problems.append(f"llama.cpp can't be measured on this model: {reason}")
+        problems += _python_problems(llamacpp_python)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _python_problems(python: str | None) -> list[str]:
+    how = f"install it in an environment of its own ({INSTALL_LLAMACPP})"
+    if python is None:
+        return [
+            f"llama.cpp's environment isn't known: {how}, then pass --llamacpp-python "
+            f"llamacpp/bin/python, or set {PYTHON_VARIABLE}"
+        ]
+    try:
+        subprocess.run(
+            [python, "-c", "import llama_cpp, gguf, numpy"], check=True, capture_output=True
+        )
+    except OSError as error:
+        return [f"--llamacpp-python {python} can't be run ({error.strerror}): {how}"]
+    except subprocess.CalledProcessError as error:
+        told = error.stderr.decode(errors="replace").strip().splitlines()[-1]
+        return [f"--llamacpp-python {python} has no llama.cpp ({told}): {how}"]
+    return []
+
+
+def _read_config(model: Path) -> dict[str, Any]:
+    try:
+        return json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{model / 'config.json'} is damaged: {error}") from None
+
+
+def _num_parameters(model: Path) -> int:
+    """Of the tensors in a folder's safetensors."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                total += int(np.prod(tensors.get_slice(name).get_shape()))
+    return total
+
+
+def _prompts(vocab_size: int, batch_size: int, prompt_len: int) -> np.ndarray:
+    """Random tokens: what they say has no bearing on speed."""
+    return np.random.default_rng(_SEED).integers(0, vocab_size, (batch_size, prompt_len))
+
+
+def _speeds(run: Run, new_tokens: int) -> str:
+    last, rows = run.rounds[-1], run.case.batch_size
+    prompt = rows * run.case.prompt_len / np.median(last["prompt_s"])
+    generation = rows * new_tokens / last["generate_s"][0]
+    return f"prompt {prompt:,.0f} tokens/s, generation {generation:,.1f} tokens/s"
+
+
+def _result(run: Run, runs: Sequence[Run], new_tokens: int) -> dict[str, Any]:
+    """The record's entry of one run."""
+    case = run.case
+    entry: dict[str, Any] = {
+        "engine": case.engine,
+        "batch_size": case.batch_size,
+        "prompt_len": case.prompt_len,
+        "status": run.status,
+        "reason": run.reason,
+        "reference_only": run.reference_only,
+    }
+    if run.status not in ("ok", "mismatch"):
+        return entry
+    prompt_s, generate_s = np.array(run.series("prompt_s")), np.array(run.series("generate_s"))
+    entry |= {
+        "load_s": short(run.prepared["load_s"]),
+        "peak_gib": None if run.peak_gib is None else short(run.peak_gib),
+        "parity": run.parity,
+        "prompt_tokens_per_s": spread(case.batch_size * case.prompt_len / prompt_s),
+        "generate_tokens_per_s": spread(case.batch_size * new_tokens / generate_s),
+        "prompt_ms": spread(prompt_s * 1e3),
+        "token_ms": spread(generate_s / new_tokens * 1e3),
+        "speedups": {},
+    }
+    for baseline in (REFERENCE, *ENGINES[case.engine].baselines):
+        other = _find(runs, Case(baseline, case.batch_size, case.prompt_len))
+        prompt = paired_ratios(run, other, "prompt_s")
+        generation = paired_ratios(run, other, "generate_s")
+        if prompt is not None and generation is not None:
+            entry["speedups"][baseline] = {
+                "prompt": spread(prompt),
+                "generation": spread(generation),
+            }
+    return entry
+
+
+def _find(runs: Sequence[Run], case: Case) -> Run | None:
+    return next((run for run in runs if run.case == case), None)
+
+
+# The command line: `ort-train bench-inference`.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ort-train bench-inference`."""
+    add = parser.add_argument
+    known = ", ".join([*ENGINES, *GROUPS])
+    add("folder", metavar="DIR", help="the folder of a run or of a transformers model")
+    add("--engines", default=",".join(DEFAULT), help=f"comma-separated: {known} (%(default)s)")
+    add("--batch-sizes", default="1,2,4,8,16", help="comma-separated rows (%(default)s)")
+    add(
+        "--prompt-lens",
+        default="32,64,128,256,512,1024,2048",
+        help="comma-separated tokens of each prompt (%(default)s)",
+    )
+    add("--new-tokens", type=int, default=256, help="generated after each prompt (%(default)s)")
+    add("--rounds", type=int, default=3, help="turns of each engine (%(default)s)")
+    add("--threads", type=int, help="of every engine (default: one a core)")
+    add(
+        "--llamacpp-python",
+        metavar="PATH",
+        default=os.environ.get(PYTHON_VARIABLE),
+        help="the interpreter of an environment with llama.cpp "
+        f"(default: the variable {PYTHON_VARIABLE})",
+    )
+    add_outputs(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `ort-train bench-inference`.
+
+    Returns:
+        0; 1 where an engine failed or computed other numbers.
+
+    Raises:
+        ConfigError: with every problem of the options, before anything is run.
+    """
+    problems = output_problems(args)
+    engines = expand(words("--engines", args.engines, [*ENGINES, *GROUPS], problems))
+    batch_sizes = numbers("--batch-sizes", args.batch_sizes, problems)
+    prompt_lens = numbers("--prompt-lens", args.prompt_lens, problems)
+    if problems:
+        raise ConfigError(problems)
+    record = run_benchmark(
+        args.folder,
+        engines,
+        batch_sizes,
+        prompt_lens,
+        new_tokens=args.new_tokens,
+        rounds=args.rounds,
+        threads=args.threads,
+        llamacpp_python=args.llamacpp_python,
+        on_event=lambda line: tqdm.write(line, file=sys.stderr),
+    )
+    return show_and_save(record, args)
