@@ -95,6 +95,11 @@ class AutoRunner:
         self._calls: list[_Call] = []
         self.decision: Decision | None = None
 
+    @property
+    def savings(self) -> Any:
+        """Of the chosen backend."""
+        return getattr(self._chosen, "savings", None)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.decision is None and self._differentiable((args, kwargs)):
             self._calls.append(_detached((args, kwargs)))

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from ort_train.errors import BackendUnavailableError, ConfigError
-from ort_train.forward import give_back, take_over, taken_over
+from ort_train.forward import TrainingForward, give_back, take_over, taken_over
 
 if TYPE_CHECKING:
     from ort_train.autoselect import Decision
     from ort_train.ortmodule import OrtOptions
+    from ort_train.ortmodule.sparsity import Savings
 
 BackendName = Literal["eager", "compile", "ort", "auto"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -94,6 +95,11 @@ class _EagerRunner:
         self._device_type = _device_type(module)
         self._dtype = _AUTOCAST_DTYPES.get(precision)
         self._original = original
+
+    @property
+    def savings(self) -> Savings | None:
+        """What backend ort leaves out of a batch; None for eager."""
+        return getattr(self._original, "savings", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._dtype is None:
@@ -209,3 +215,8 @@ def decision(module: torch.nn.Module) -> Decision | None:
     """What `backend="auto"` chose for a wrapped module and why, or None before its trial."""
     stand_in = taken_over(module)
     return getattr(stand_in.runner, "decision", None) if stand_in else None
+
+
+def savings(stand_in: TrainingForward) -> Savings | None:
+    """What a step leaves out of a batch (OrtOptions.label_sparsity, padding_sparsity), or None."""
+    return getattr(stand_in.runner, "savings", None)

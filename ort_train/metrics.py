@@ -1,4 +1,4 @@
-"""Iterations and tokens per second of a running training."""
+"""Of a running training: iterations and tokens per second, and the density of its batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
+
+from ort_train.batches import IGNORED_LABEL
 
 
 class SpeedCallback(TrainerCallback):
@@ -91,3 +94,54 @@ def _speed(steps: int, seconds: float, tokens: int) -> dict[str, float]:
     if tokens:
         speed["tokens_per_s"] = round(tokens / seconds, 1)
     return speed
+
+
+class SparsityMeter:
+    """How dense the batches of a training were, and what that saved."""
+
+    def __init__(self) -> None:
+        self._start_window()
+
+    def _start_window(self) -> None:
+        # Counts stay on the batch's device until they are asked for: reading them would wait.
+        self._num_tokens, self._num_real = 0, torch.zeros(())
+        self._num_labels, self._num_counted = 0, torch.zeros(())
+        self._flops = torch.zeros((), dtype=torch.float64)
+
+    def add(
+        self, inputs: Mapping[str, Any], flops_per_padding: int, flops_per_ignored_label: int
+    ) -> None:
+        """Count a micro-batch.
+
+        Args:
+            inputs: of which `attention_mask` and `labels` are read.
+            flops_per_padding: what a token of padding saves.
+            flops_per_ignored_label: what a token saves whose label is ignored.
+        """
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if isinstance(mask, torch.Tensor):
+            num_real = (mask != 0).sum()
+            self._num_tokens += mask.numel()
+            self._num_real = self._num_real.to(mask.device) + num_real
+            avoided = flops_per_padding * (mask.numel() - num_real).double()
+            self._flops = self._flops.to(mask.device) + avoided
+        if isinstance(labels, torch.Tensor):
+            num_counted = (labels != IGNORED_LABEL).sum()
+            self._num_labels += labels.numel()
+            self._num_counted = self._num_counted.to(labels.device) + num_counted
+            avoided = flops_per_ignored_label * (labels.numel() - num_counted).double()
+            self._flops = self._flops.to(labels.device) + avoided
+
+    def take_window(self) -> dict[str, float]:
+        """Since the last call, of this rank: `token_density` and `label_density`, shares of the
+        tokens that aren't padding and whose label counts, and `tflops_avoided`, 10^12 FLOPs of
+        matrix products, forward and backward. Then starts anew."""
+        window = {}
+        if self._num_tokens:
+            window["token_density"] = round(float(self._num_real) / self._num_tokens, 4)
+        if self._num_labels:
+            window["label_density"] = round(float(self._num_counted) / self._num_labels, 4)
+        if window:
+            window["tflops_avoided"] = round(float(self._flops) / 1e12, 6)
+        self._start_window()
+        return window

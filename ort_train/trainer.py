@@ -21,10 +21,10 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
 from ort_train import batches, checkpoints
-from ort_train.backends import runner_factory
+from ort_train.backends import runner_factory, savings
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
-from ort_train.metrics import SpeedCallback
+from ort_train.metrics import SparsityMeter, SpeedCallback
 from ort_train.training_args import (
     ORTOptimizerNames,
     ORTSeq2SeqTrainingArguments,
@@ -92,7 +92,9 @@ class ORTTrainer(Trainer):
             )
         self.speed = SpeedCallback()
         self.add_callback(self.speed)
+        self.sparsity = SparsityMeter()
         self._stand_in: TrainingForward | None = None
+        self._leaves_out = False
         self._num_micro_batches = 0
         self._micro_batch_of_step, self._step_seen = 0, -1
 
@@ -119,7 +121,9 @@ class ORTTrainer(Trainer):
                 model.forward = self._stand_in
             return
         args: Any = self.args
-        make_runner = runner_factory(args.backend, args.precision, args.make_ort_options())
+        options = args.make_ort_options()
+        self._leaves_out = options.label_sparsity or options.padding_sparsity
+        make_runner = runner_factory(args.backend, args.precision, options)
         if args.use_module_with_loss:
             make_runner = functools.partial(_loss_runner, make_runner, self._graph_loss)
         take_over(model, make_runner)
@@ -171,11 +175,18 @@ class ORTTrainer(Trainer):
             self._micro_batch_of_step, self._step_seen = 0, self.state.global_step
         self._micro_batch_of_step += 1
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._count_savings(inputs)
         # fp16 overflows now and then, and its gradient scaler skips such steps.
         arguments: Any = self.args
         if arguments.precision != "fp16" and not torch.isfinite(loss).all():
             raise NonFiniteLossError(self._non_finite_report(loss))
         return loss
+
+    def _count_savings(self, inputs: dict[str, Any]) -> None:
+        if self._stand_in is None or not self._leaves_out:
+            return
+        if (saved := savings(self._stand_in)) is not None:
+            self.sparsity.add(inputs, saved.flops_per_padding, saved.flops_per_ignored_label)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As Trainer's; ids that the model has no row for are named before a graph reads them."""
@@ -206,9 +217,11 @@ class ORTTrainer(Trainer):
     # --- speed ---
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer.log; training logs carry `it_per_s`, `tokens_per_s` and `x_<baseline>`."""
+        """As Trainer.log; training logs carry `it_per_s`, `tokens_per_s` and `x_<baseline>`,
+        and with label_sparsity or padding_sparsity the batches' densities and `tflops_avoided`."""
         if "loss" in logs:
             logs.update(self.speed.take_window())
+            logs.update(self.sparsity.take_window())
         super().log(logs, *args, **kwargs)
 
     # --- optimizer ---

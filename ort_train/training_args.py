@@ -74,6 +74,17 @@ class _BackendArguments:
         default=None,
         metadata={"help": "Fields of ort_train.OrtOptions, as a dict or a JSON string."},
     )
+    label_sparsity: bool = field(
+        default=False,
+        metadata={
+            "help": "Tokens whose label is ignored (-100) cost nothing in head and loss: "
+            "OrtOptions.label_sparsity."
+        },
+    )
+    padding_sparsity: bool = field(
+        default=False,
+        metadata={"help": "Padding costs nothing but in attention: OrtOptions.padding_sparsity."},
+    )
     optim: str = field(  # not transformers' enumeration: a command line takes only its members
         default=_DEFAULT_OPTIMIZER,
         metadata={"help": "Any optimizer of transformers, or adamw_ort_fused."},
@@ -225,6 +236,9 @@ class _BackendArguments:
             values.setdefault("save_onnx", True)
             values.setdefault("onnx_prefix", self.onnx_prefix)
             values.setdefault("save_onnx_path", arguments.output_dir)
+        for name in ("label_sparsity", "padding_sparsity"):
+            if getattr(self, name):
+                values.setdefault(name, True)
         values.setdefault("log_level", self.onnx_log_level.lower())
         return parse_options(values)
 
@@ -243,9 +257,19 @@ class _BackendArguments:
                 f"ort_options are given but backend is {self.backend!r}: they would be ignored; "
                 "leave them out or set backend='ort'"
             )
+        sparsity = self.label_sparsity or self.padding_sparsity
+        if sparsity and self.backend not in ("ort", "auto"):
+            raise ConfigError(
+                f"label_sparsity and padding_sparsity are backend ort's, but backend is "
+                f"{self.backend!r}: leave them out or set backend='ort'"
+            )
         if self.save_onnx:
             Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
-        self.make_ort_options()
+        if self.make_ort_options().label_sparsity and arguments.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor={arguments.label_smoothing_factor} takes all logits, "
+                "which label_sparsity leaves out: turn one of them off"
+            )
 
 
 def _check_deepspeed(arguments: Any) -> None:

@@ -44,7 +44,8 @@ def test_all_problems_at_once():
             onnx_opset_version=18,
             recompute_config="nowhere.json",
             triton_config=5,  # type: ignore[arg-type]
-            label_sparsity=True,
+            mem_efficient_grad_management=True,
+            padding_sparsity=1,  # type: ignore[arg-type]
             max_tuning_duration_ms=10,
         )
     problems = "\n".join(caught.value.problems)
@@ -58,7 +59,8 @@ def test_all_problems_at_once():
         "onnx_opset_version=18",
         "recompute_config='nowhere.json' is not a file",
         "triton_config=5 must be a string",
-        "label_sparsity inserts a torch.autograd.Function",
+        "mem_efficient_grad_management inserts a torch.autograd.Function",
+        "padding_sparsity=1 must be true or false",
         "max_tuning_duration_ms is given but tuning is off",
     ):
         assert expected in problems
@@ -72,13 +74,8 @@ def test_all_problems_at_once():
         ({"save_onnx_path": "x"}, "save_onnx_path is given but save_onnx is off"),
         ({"tuning_results_path": "x"}, "tuning_results_path is given but tuning is off"),
         ({"triton_debug": True}, "triton_debug is given but triton is off"),
-        ({"embedding_sparsity": True}, "needs ORTModule's compiled extensions"),
         ({"mem_efficient_grad_management": True}, "needs ORTModule's compiled extensions"),
         ({"allow_autograd_checkpoint": True}, "needs ORTModule's compiled extensions"),
-        (
-            {"label_sparsity": True, "compiled_extensions": True, "compute_optimizer": False},
-            "done by the compute optimizer",
-        ),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], match: str):
@@ -106,7 +103,6 @@ def test_parse_names_near_options_and_keeps_the_other_problems():
 @pytest.mark.parametrize(
     "name",
     [
-        "embedding_sparsity",
         "triton",
         "tuning",
         "flash_attention",
@@ -178,7 +174,6 @@ def test_upstreams_variables_are_not_used_and_named_once(monkeypatch: pytest.Mon
         ({"recompute": "layerwise"}, "recompute_probe_config", "1:1"),
         ({"conv_algo_search": "exhaustive"}, "conv_algo_search", "EXHAUSTIVE"),
         ({"print_memory_stats": True}, "print_memory_stat_by_step", True),
-        ({"print_input_density": True}, "print_input_density", True),
         ({}, "deepcopy_before_model_export", False),
         ({"deepcopy_before_export": True}, "deepcopy_before_model_export", True),
         ({}, "enable_custom_autograd_function", False),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,27 +140,61 @@ def fits_pattern(tensors: tuple[torch.Tensor, ...], pattern: tuple[int, ...]) ->
 
 @dataclass(frozen=True)
 class ResultSchema:
-    """How a module's flat output tensors become its own output type again."""
+    """How a module's flat output tensors become its own output type again.
+
+    Attributes:
+        spec: the nesting.
+        constants: (position, value) of all leaves that are not tensors.
+        deferred: position and data type of the logits that a graph leaves out; None where it
+            returns them.
+    """
 
     spec: pytree.TreeSpec
     constants: tuple[tuple[int, Any], ...]
+    deferred: tuple[int, torch.dtype] | None = None
 
-    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> Any:
-        """The module's own output type (a ModelOutput, a tuple, a tensor, ...)."""
-        return pytree.tree_unflatten(merge(tensors, self.constants), self.spec)
+    def rebuild(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        make_deferred: Callable[[torch.dtype], Any] | None = None,
+    ) -> Any:
+        """The module's own output type (a ModelOutput, a tuple, a tensor, ...).
+
+        Args:
+            make_deferred: what stands for the logits that the graph leaves out.
+        """
+        constants = self.constants
+        if self.deferred is not None:
+            assert make_deferred is not None
+            position, dtype = self.deferred
+            constants = tuple(sorted([*constants, (position, make_deferred(dtype))], key=_position))
+        return pytree.tree_unflatten(merge(tensors, constants), self.spec)
 
 
-def describe_result(result: Any) -> tuple[ResultSchema, tuple[torch.Tensor, ...]]:
+def _position(entry: tuple[int, Any]) -> int:
+    return entry[0]
+
+
+def describe_result(
+    result: Any, without_logits: bool = False
+) -> tuple[ResultSchema, tuple[torch.Tensor, ...]]:
     """The schema and the tensors of what a module returned.
+
+    Args:
+        without_logits: leave the logits out of the tensors.
 
     Raises:
         UnsupportedModelError: for an output that is neither tensor nor constant.
     """
     leaves, spec = pytree.tree_flatten(result)
+    logits = logits_of(result) if without_logits else None
     tensors: list[torch.Tensor] = []
     constants: list[tuple[int, Any]] = []
+    deferred = None
     for position, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
+        if logits is not None and leaf is logits:
+            deferred = (position, leaf.dtype)
+        elif isinstance(leaf, torch.Tensor):
             tensors.append(leaf)
         elif isinstance(leaf, _CONSTANTS):
             constants.append((position, leaf))
@@ -169,4 +203,19 @@ def describe_result(result: Any) -> tuple[ResultSchema, tuple[torch.Tensor, ...]
                 f"the module returns a {type(leaf).__name__}, which a graph can't: return tensors "
                 "in tuples, dicts or a transformers ModelOutput, or train with backend='eager'"
             )
-    return ResultSchema(spec, tuple(constants)), tuple(tensors)
+    return ResultSchema(spec, tuple(constants), deferred), tuple(tensors)
+
+
+def logits_of(result: Any) -> Any:
+    """The tensor `logits` of a result, or what follows the loss in a tuple, as transformers' do."""
+    if isinstance(result, Mapping):
+        logits = result.get("logits")
+    else:
+        is_with_loss = (
+            isinstance(result, tuple)
+            and len(result) > 1
+            and isinstance(result[0], torch.Tensor)
+            and result[0].dim() == 0
+        )
+        logits = result[1] if is_with_loss else None
+    return logits if isinstance(logits, torch.Tensor) else None

@@ -21,6 +21,7 @@ from ort_train.ortmodule import (
     malloc,
     products,
     quantized,
+    sparsity,
     symbolics,
     transformers_compat,
     upstream,
@@ -49,8 +50,15 @@ _MODULE_PREFIX = "_original_module.module."
 class _GraphModule(torch.nn.Module):
     """What is exported: flat tensors in, flat tensors out, everything else constant."""
 
-    def __init__(self, module: torch.nn.Module, forward: Callable[..., Any], schema: CallSchema):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        forward: Callable[..., Any],
+        schema: CallSchema,
+        without_logits: bool,
+    ):
         super().__init__()
+        self._without_logits = without_logits
         self.module = module
         self._module_forward = forward
         self._schema = schema
@@ -61,7 +69,7 @@ class _GraphModule(torch.nn.Module):
     def forward(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._schema.rebuild(tuple(tensors[name] for name in self._schema.names))
         result = self._module_forward(*args, **kwargs)
-        self.result_schema, outputs = describe_result(result)
+        self.result_schema, outputs = describe_result(result, self._without_logits)
         return outputs
 
 
@@ -170,7 +178,7 @@ class Engine:
     ):
         self._options = options
         self._precision = precision
-        self._graph_module = _GraphModule(module, forward, schema)
+        self._graph_module = _GraphModule(module, forward, schema, options.label_sparsity)
         self._ort_module: Any = None
         self._is_stochastic = False
         self._recomputes_dropout = False
@@ -184,13 +192,21 @@ class Engine:
         self._constant_buffers: dict[str, _KnownBuffer] = {}
         #: Seconds that export, gradient graph and session took.
         self.build_s = 0.0
+        #: What the graph leaves out of a batch (sparsity.py).
+        self.savings = sparsity.Savings()
 
-    def __call__(self, tensors: tuple[torch.Tensor, ...], parameter_ids: tuple[int, ...]) -> Any:
+    def __call__(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        parameter_ids: tuple[int, ...],
+        make_deferred: Callable[[torch.dtype], Any] | None = None,
+    ) -> Any:
         """One training forward; the result is differentiable by torch's autograd.
 
         Args:
             tensors: the call's tensors, in the schema's order.
             parameter_ids: ids of the module's parameters; others than last time's are bound anew.
+            make_deferred: what stands for logits that the graph doesn't compute.
         """
         named = dict(zip(self._graph_module._schema.names, tensors, strict=True))
         if self._ort_module is None:
@@ -205,7 +221,7 @@ class Engine:
             self._await_backward(outputs)
         schema = self._graph_module.result_schema
         assert schema is not None
-        return schema.rebuild(tuple(outputs))
+        return schema.rebuild(tuple(outputs), make_deferred)
 
     def _await_backward(self, outputs: tuple[torch.Tensor, ...]) -> None:
         self.awaits_backward = True
@@ -259,6 +275,11 @@ class Engine:
         return int(torch.randint(2**31 - 1, (), device="cpu"))
 
     @property
+    def is_stochastic(self) -> bool:
+        """Whether a second run of the same call gives other numbers."""
+        return self._is_stochastic
+
+    @property
     def _training_manager(self) -> Any:
         return self._ort_module._torch_module._execution_manager(True)
 
@@ -273,7 +294,7 @@ class Engine:
                 options = _with_recompute(options)
                 logger.info("gradient checkpointing is on: ONNX Runtime recomputes layer by layer")
             rng_state = torch.get_rng_state()
-            with upstream.export_scope(options), _quiet_exporter():
+            with upstream.export_scope(options, self._transform), _quiet_exporter():
                 with _training_flags_kept(module):  # upstream's constructor calls train()
                     self._ort_module = self._construct(options)
                 symbolics.register(options.onnx_opset_version)
@@ -328,6 +349,20 @@ class Engine:
     @property
     def _is_on_cpu(self) -> bool:
         return all(device.type == "cpu" for _, _, device, _ in self._graph_module._schema.tensors)
+
+    def _transform(self, model: Any) -> None:
+        """Change the exported graph before its gradient is built: what must see the exporter's own
+        nodes first."""
+        options = self._options
+        if options.label_sparsity or options.padding_sparsity:
+            trainable = frozenset(
+                f"{_MODULE_PREFIX}{name}"
+                for name, parameter in self._graph_module.module.named_parameters()
+                if parameter.requires_grad
+            )
+            self.savings = sparsity.apply(
+                model.graph, options.label_sparsity, options.padding_sparsity, trainable
+            )
 
     def _construct(self, options: OrtOptions) -> Any:
         """An ORTModule around the graph module, with the session's threads set."""

@@ -7,15 +7,24 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule import onednn
-from ort_train.ortmodule.call import CallSchema, describe_call, fits_pattern, size_pattern
+from ort_train.ortmodule.call import (
+    CallSchema,
+    describe_call,
+    fits_pattern,
+    logits_of,
+    size_pattern,
+)
+from ort_train.ortmodule.deferred import deferred
 from ort_train.ortmodule.engine import Engine
 from ort_train.ortmodule.options import OrtOptions
+from ort_train.ortmodule.sparsity import Savings
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +63,34 @@ class OrtForward:
         self.original = original
         self.engines: dict[Any, Engine] = {}
         self._num_stale = 0
+        self._are_logits_read = False
         self._accepts_use_cache = "use_cache" in inspect.signature(self.original).parameters
+
+    @property
+    def savings(self) -> Savings:
+        """What the graph that was built last leaves out of a batch."""
+        return next(reversed(self.engines.values())).savings if self.engines else Savings()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _without_autocast(self.precision):
-            return self._run(*args, **kwargs)
+            return self._call(*args, **kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         if self._accepts_use_cache and _asks_for_cache(module, kwargs):
             # A cache is of no use in a training step, and no graph can return one.
             kwargs["use_cache"] = False
         schema, tensors = describe_call(args, kwargs)
+        return self._run(args, kwargs, schema, tensors)
+
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        schema: CallSchema,
+        tensors: tuple[torch.Tensor, ...],
+    ) -> Any:
+        module = self.module
         parameters = list(module.parameters())
         if not any(t.requires_grad for t in (*parameters, *tensors)):
             return self.original(*args, **kwargs)  # there is nothing to train, in eager neither
@@ -73,6 +98,7 @@ class OrtForward:
             schema,
             tuple((p.requires_grad, p.dtype, p.shape) for p in parameters),
             tuple(_traced_attributes(m) for m in module.modules()),
+            self._are_logits_read,
             size_pattern(tensors),
         )
         key = self._key_of_fitting(key, tensors)
@@ -100,12 +126,55 @@ class OrtForward:
             engine = None
         if engine is None:
             engine = self._new_engine(key, schema)
+        compute_logits = self._logits_of_call(args, kwargs, schema, tensors, parameters, engine)
         try:
-            return engine(tensors, tuple(map(id, parameters)))
+            return engine(tensors, tuple(map(id, parameters)), compute_logits)
         except BaseException:
             if engine.build_s == 0.0:
                 del self.engines[key]  # a failed build is tried again, not kept half-made
             raise
+
+    def _logits_of_call(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        schema: CallSchema,
+        tensors: tuple[torch.Tensor, ...],
+        parameters: list[torch.nn.Parameter],
+        engine: Engine,
+    ) -> Callable[[torch.dtype], Any]:
+        """What makes the stand-in for the logits of a call whose graph leaves them out.
+
+        Who reads it gets the same call's logits from a graph that has them. As who reads them once
+        reads them in every step, that graph takes over.
+        """
+        versions = [parameter._version for parameter in parameters]
+
+        def compute() -> torch.Tensor:
+            name = type(self.module).__name__
+            if engine.is_stochastic or [p._version for p in parameters] != versions:
+                why = "it has dropout" if engine.is_stochastic else "its weights have changed since"
+                raise UnsupportedModelError(
+                    f"the logits of this training call of {name} weren't computed "
+                    f"(label_sparsity), and can't be now, as {why}: set label_sparsity=false to "
+                    "have them in every call"
+                )
+            if not self._are_logits_read:
+                logger.warning(
+                    "the logits of a training call of %s are read, so label_sparsity saves "
+                    "nothing from now on: don't read them, or set label_sparsity=false, which "
+                    "spares a second graph",
+                    name,
+                )
+                self._are_logits_read = True
+            with torch.enable_grad(), _without_autocast(self.precision):
+                return logits_of(self._run(args, kwargs, schema, tensors))
+
+        def make(dtype: torch.dtype) -> Any:
+            device = parameters[0].device if parameters else tensors[0].device
+            return deferred(compute, dtype, device)
+
+        return make
 
     def _key_of_fitting(self, key: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
         """The key of a graph that was traced with sizes as general as this call's, or its own."""
@@ -128,7 +197,10 @@ class OrtForward:
                 f"{self._what_changes(schema)} from call to call; pass it as a tensor, leave it "
                 "out, or raise max_graphs"
             )
-        engine = Engine(self.module, self.original, schema, self.options, self.precision)
+        options = self.options
+        if self._are_logits_read:
+            options = replace(options, label_sparsity=False)
+        engine = Engine(self.module, self.original, schema, options, self.precision)
         self.engines[key] = engine
         return engine
 

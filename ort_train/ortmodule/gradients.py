@@ -39,9 +39,20 @@ _GRADIENTS = {
         ("ort_train::grouped_linear_input_grad", "ort_train::grouped_linear_weight_grad"),
         (0, 1, 2, 3),
     ),
+    "ort_train::pack_rows": _Gradient(("ort_train::unpack_rows",), (1, 2)),
+    "ort_train::unpack_rows": _Gradient(("ort_train::pack_rows",), (1, 2)),
 }
 #: Inputs through which no gradient flows.
-_STOPPED = {"ort_train::grouped_linear": {2}, "histc": {0}}
+_STOPPED = {
+    "ort_train::grouped_linear": {2},
+    "ort_train::pack_rows": {1, 2},
+    "ort_train::unpack_rows": {1, 2},
+    "ort_train::rows_where": {0},
+    "ort_train::kept_rows": {0, 1, 2},
+    "ort_train::row_positions": {0, 1},
+    "ort_train::unsliced_rows": {0, 1, 2, 3},
+    "histc": {0},
+}
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -97,3 +99,79 @@ def convolution_weight_grad(
     return torch.ops.aten.convolution_backward(
         grad, input, weight, None, *settings, [False, True, False]
     )[1]
+
+
+# --- Rows: chosen tokens of a batch (rows.py)
+
+
+@torch.library.custom_op("ort_train::pack_rows", mutates_args=())
+def pack_rows(input: torch.Tensor, rows: torch.Tensor, grid: list[int]) -> torch.Tensor:
+    """Chosen rows of a tensor; its gradient is :func:`unpack_rows`.
+
+    Args:
+        input: (*grid, ...).
+        rows: (N,) indices into the flattened grid, each once.
+        grid: [B, T] or [B·T].
+
+    Returns:
+        (1, N, ...) for a grid of two axes, (N, ...) for one.
+    """
+    flat = input.flatten(0, len(grid) - 1)
+    if input.device.type == "cpu":
+        chosen = torch.from_numpy(flat.numpy().take(rows.numpy(), 0))
+    else:
+        chosen = flat.index_select(0, rows)
+    return chosen if len(grid) == 1 else chosen.unsqueeze(0)
+
+
+@torch.library.custom_op("ort_train::unpack_rows", mutates_args=())
+def unpack_rows(input: torch.Tensor, rows: torch.Tensor, grid: list[int]) -> torch.Tensor:
+    """Chosen rows at their places in a tensor (*grid, ...) that is zero elsewhere."""
+    chosen = input.flatten(0, len(grid) - 1)
+    output = chosen.new_zeros(math.prod(grid), *chosen.shape[1:])
+    if input.device.type == "cpu":
+        output.numpy()[rows.numpy()] = chosen.numpy()
+    else:
+        output.index_copy_(0, rows, chosen)
+    return output.view(*grid, *chosen.shape[1:])
+
+
+@torch.library.custom_op("ort_train::rows_where", mutates_args=())
+def rows_where(mask: torch.Tensor) -> torch.Tensor:
+    """Flat indices at which a mask is set, ascending.
+
+    Never empty, as some kernels of ONNX Runtime fail on empty tensors: row 0 stands in, which a
+    loss then ignores by its label.
+    """
+    rows = mask.flatten().nonzero().squeeze(1)
+    return rows if rows.numel() else rows.new_zeros(1)
+
+
+@torch.library.custom_op("ort_train::kept_rows", mutates_args=())
+def kept_rows(mask: torch.Tensor, labels: torch.Tensor, with_samples: bool) -> torch.Tensor:
+    """Rows of tokens that aren't padding or whose label counts, ascending.
+
+    Args:
+        mask: (B, T), set where there is no padding.
+        labels: (L,) flat indices of the tokens whose label counts.
+        with_samples: keep all of a sample that has a label on its padding.
+    """
+    kept = mask.bool().clone()
+    if with_samples:
+        on_padding = labels[~kept.flatten()[labels]]
+        kept[on_padding // mask.shape[1]] = True
+    kept.view(-1)[labels] = True
+    return kept.flatten().nonzero().squeeze(1)
+
+
+@torch.library.custom_op("ort_train::row_positions", mutates_args=())
+def row_positions(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Where each of the wanted rows stands in `rows`, both ascending."""
+    return torch.searchsorted(rows, wanted).clamp_(max=rows.numel() - 1)
+
+
+@torch.library.custom_op("ort_train::unsliced_rows", mutates_args=())
+def unsliced_rows(rows: torch.Tensor, num_rows: int, grid: list[int], start: int) -> torch.Tensor:
+    """Rows of x[:, start:...], which has `num_rows` of them, as rows of x, of grid [B, T]."""
+    length = num_rows // grid[0]
+    return rows // length * grid[1] + rows % length + start

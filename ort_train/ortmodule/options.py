@@ -50,10 +50,12 @@ class OrtOptions:
     keep_freed_memory: bool = True
     #: Graph-level reduction of FLOPs (shrinking operators are moved up).
     compute_optimizer: bool = True
-    #: Upstream's label sparsity: needs a registered CrossEntropyLoss and `compiled_extensions`.
+    #: Tokens whose label is ignored (-100) cost nothing in head and loss, in any batch
+    #: (sparsity.py). A training call's logits are then computed only if they are read.
     label_sparsity: bool = False
-    #: Upstream's padding removal: CUDA and `compiled_extensions` only.
-    embedding_sparsity: bool = False
+    #: Tokens that attention_mask hides cost nothing but in attention, in any batch; what a training
+    #: call returns for them is 0.
+    padding_sparsity: bool = False
     #: Recompute activations in backward instead of keeping them.
     recompute: Literal["none", "layerwise", "layerwise_compromised"] = "none"
     #: JSON of chosen recompute subgraphs, instead of `recompute`.
@@ -79,7 +81,6 @@ class OrtOptions:
     flash_attention: bool = False
     efficient_attention: bool = False
     aten_sdpa: bool = False
-    print_input_density: bool = False
     print_memory_stats: bool = False
     #: Save the graphs of each stage as ONNX files under `save_onnx_path`, named by `onnx_prefix`.
     save_onnx: bool = False
@@ -129,8 +130,6 @@ class OrtOptions:
         if self.recompute_config is not None and self.recompute != "none":
             yield "recompute and recompute_config exclude each other: give one of them"
         for name in (
-            "label_sparsity",
-            "embedding_sparsity",
             "mem_efficient_grad_management",
             "allow_autograd_checkpoint",
         ):
@@ -139,11 +138,6 @@ class OrtOptions:
                     f"{name} inserts a torch.autograd.Function into the graph, which needs "
                     "ORTModule's compiled extensions: set compiled_extensions=true as well"
                 )
-        if not self.compute_optimizer and (self.label_sparsity or self.embedding_sparsity):
-            yield (
-                "label_sparsity and embedding_sparsity are done by the compute optimizer: "
-                "set compute_optimizer=true or turn them off"
-            )
         if self.save_onnx:
             folder = Path(paths.get("save_onnx_path") or ".")
             if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -167,7 +161,6 @@ class OrtOptions:
         return [
             f"{name} works on CUDA devices only, and the module is on {device_type}"
             for name in (
-                "embedding_sparsity",
                 "triton",
                 "tuning",
                 "flash_attention",
@@ -190,8 +183,9 @@ class OrtOptions:
             ),
             "ORTMODULE_LOG_LEVEL": self.log_level.upper(),
             "ORTMODULE_ENABLE_COMPUTE_OPTIMIZER": flag(self.compute_optimizer),
-            "ORTMODULE_ENABLE_LABEL_SPARSE_OPTIMIZER": flag(self.label_sparsity),
-            "ORTMODULE_ENABLE_EMBEDDING_SPARSE_OPTIMIZER": flag(self.embedding_sparsity),
+            # They look at one batch only; sparsity.py does both.
+            "ORTMODULE_ENABLE_LABEL_SPARSE_OPTIMIZER": "0",
+            "ORTMODULE_ENABLE_EMBEDDING_SPARSE_OPTIMIZER": "0",
             "ORTMODULE_MEMORY_OPT_LEVEL": str(_RECOMPUTE_LEVELS[self.recompute]),
             "ORTMODULE_MEMORY_OPT_CONFIG": self.recompute_config or "",
             "ORTMODULE_ENABLE_MEM_EFFICIENT_GRAD_MGMT": flag(self.mem_efficient_grad_management),
@@ -209,7 +203,6 @@ class OrtOptions:
             "ORTMODULE_USE_FLASH_ATTENTION": flag(self.flash_attention),
             "ORTMODULE_USE_EFFICIENT_ATTENTION": flag(self.efficient_attention),
             "ORTMODULE_ATEN_SDPA_FALLBACK": "1" if self.aten_sdpa else None,
-            "ORTMODULE_PRINT_INPUT_DENSITY": flag(self.print_input_density),
             "ORTMODULE_PRINT_MEMORY_STATS": flag(self.print_memory_stats),
             "ORTMODULE_SAVE_ONNX_PATH": self.save_onnx_path,
             # Upstream's cache key ignores dtype, requires_grad and opset: a stale graph would be

@@ -216,6 +216,32 @@ def _einsum(g: Any, equation: Any, tensors: Any, path: Any = None) -> Any:
     return _upstream("::einsum")(g, equation, tensors, path)
 
 
+# --- Loss
+
+
+@_symbolic("cross_entropy_loss")
+def _cross_entropy_loss(
+    g: Any,
+    self: Any,
+    target: Any,
+    weight: Any,
+    reduction: Any,
+    ignore_index: Any,
+    label_smoothing: Any = 0.0,
+) -> Any:
+    """The mean over no label is NaN; ONNX Runtime's kernel returns 0."""
+    arguments = (self, target, weight, reduction, ignore_index, label_smoothing)
+    loss = _upstream("::cross_entropy_loss")(g, *arguments)
+    if constant(reduction, "i", "reduction") != 1:
+        return loss
+    counts = g.op("Not", g.op("Equal", target, ignore_index))
+    num_counted = g.op("ReduceSum", g.op("Cast", counts, to_i=onnx_type(torch.int64)), keepdims_i=0)
+    dtype = dtype_of(loss)
+    is_empty = g.op("Equal", num_counted, scalar(g, 0, torch.int64))
+    nothing = g.op("Where", is_empty, scalar(g, float("nan"), dtype), scalar(g, 0, dtype))
+    return typed(g.op("Add", loss, nothing), loss, [])
+
+
 # --- Shapes
 
 

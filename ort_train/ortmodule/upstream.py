@@ -333,18 +333,28 @@ def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[.
 
 
 @contextlib.contextmanager
-def export_scope(options: OrtOptions) -> Iterator[None]:
-    """Everything that construction and export of one ORTModule need, taken back at the end."""
+def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Iterator[None]:
+    """Everything that construction and export of one ORTModule need, taken back at the end.
+
+    Args:
+        transform: changes the exported onnx.ModelProto, whose shapes are inferred, in place,
+            before its gradient is built.
+    """
     load()
     transition = importlib.import_module("onnxruntime.training.ortmodule._graph_transition_manager")
     upstream_logger = importlib.import_module("onnxruntime.training.ortmodule._logger")
     manager = transition.GraphTransitionManager
-    label_hook = manager._add_check_label_sparsity_hook
+    infer_shapes = manager._infer_shapes
 
-    def add_label_hook(enable: bool, *args: Any, **kwargs: Any) -> list[Any]:
-        # Upstream passes the *embedding* switch here, and returns None instead of an empty list
-        # where it is off, so ORTMODULE_ENABLE_COMPUTE_OPTIMIZER=0 ended in a TypeError.
-        return label_hook(options.label_sparsity, *args, **kwargs) or []
+    def infer_and_transform(model: Any) -> Any:
+        model = infer_shapes(model)
+        transform(model)
+        return model
+
+    def add_no_hook(*args: Any, **kwargs: Any) -> list[Any]:
+        # Upstream's returns None instead of an empty list where it is off, as it is here, so
+        # ORTMODULE_ENABLE_COMPUTE_OPTIMIZER=0 ended in a TypeError.
+        return []
 
     with (
         options.environment(),
@@ -356,7 +366,8 @@ def export_scope(options: OrtOptions) -> Iterator[None]:
         _attributes(
             manager,
             _export_model=staticmethod(_gradients_of_trainable_only(manager._export_model)),
-            _add_check_label_sparsity_hook=staticmethod(add_label_hook),
+            _add_check_label_sparsity_hook=staticmethod(add_no_hook),
+            _infer_shapes=staticmethod(infer_and_transform),
         ),
     ):
         yield
