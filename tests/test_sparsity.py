@@ -374,3 +374,38 @@ def test_refused_loss_of_each_token():
     ids = torch.arange(8).reshape(2, 4)
     with pytest.raises(UnsupportedModelError, match="returns a loss of each token"):
         ours(ids, ids)
+
+
+# --- the trainer
+
+
+def test_log_and_arguments(tiny_llama: MakeModel, tmp_path):
+    import datasets
+
+    from ort_train import ORTTrainer, ORTTrainingArguments
+    from ort_train.errors import ConfigError
+
+    fields = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "report_to": [],
+        "padding_sparsity": True,
+    }
+    inputs = batch(4, 12, 0.5)
+    rows = datasets.Dataset.from_dict({name: value.tolist() for name, value in inputs.items()})
+    arguments = ORTTrainingArguments(**fields, label_sparsity=True)
+    trainer = ORTTrainer(model=tiny_llama(), args=arguments, train_dataset=rows)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    mask, labels = inputs["attention_mask"], inputs["labels"]
+    densities = [sum(log[name] for log in logs) / 2 for name in ("token_density", "label_density")]
+    expected = [mask.float().mean().item(), (labels != -100).float().mean().item()]
+    assert densities == pytest.approx(expected, abs=1e-4)
+    assert all(log["tflops_avoided"] > 0 for log in logs)
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1 takes all logits"):
+        ORTTrainingArguments(**fields, label_sparsity=True, label_smoothing_factor=0.1)
+    with pytest.raises(ConfigError, match="backend is 'eager'"):
+        ORTTrainingArguments(**fields, backend="eager")

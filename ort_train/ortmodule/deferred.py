@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 #: What is known of it without its values; wrappers of a model ask each output for these.
 _KNOWN = frozenset(
     [
-        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.dtype.__get__,
+        torch.Tensor.device.__get__,
         torch.Tensor.is_floating_point,
         torch.Tensor.is_complex,
         torch.is_floating_point,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -202,6 +202,7 @@ def plan(node: Any, index: GraphIndex, space: RowSpace) -> Plan | None:
     """How a node would run on chosen rows, or None where it isn't row-wise."""
     shapes = [index.shapes.get(name) for name in node.input]
     used = [name for name in node.output if name and index.shapes.get(name)]
+    roles: Sequence[Role | None] | None
     if not used or node.output[0] not in used:
         return None
     rows = {space.num_axes(index.shapes[name]) for name in used}
@@ -211,21 +212,20 @@ def plan(node: Any, index: GraphIndex, space: RowSpace) -> Plan | None:
     out = index.shapes[node.output[0]]
     kind = node.op_type if node.domain != ATEN_DOMAIN else operator_name(node)
     if kind == "Dropout":
-        roles: Any = _first_only(shapes, space, num_axes)
+        roles = _first_only(shapes, space, num_axes)
     elif kind in ELEMENTWISE:
         roles = [_broadcast(shape, out, space, num_axes) for shape in shapes]
     elif (rule := _RULES.get(kind)) is not None:
         roles = rule(node, index, space, num_axes)
     else:
         return None
-    if roles is None or any(role is None for role in roles):
-        return None
-    if not any(role.rows for role in roles):
+    known = [role for role in roles or () if role is not None]
+    if roles is None or len(known) < len(roles) or not any(role.rows for role in known):
         return None
     rest = None
     if kind in ("Reshape", "Flatten", "Expand"):
         rest = [int(size) for size in out[num_axes:]]
-    return Plan(num_axes, tuple(roles), rest)
+    return Plan(num_axes, tuple(known), rest)
 
 
 def _broadcast(shape: Shape | None, out: Shape, space: RowSpace, num_axes: int) -> Role | None:
@@ -280,7 +280,7 @@ def _over_last_axes(
     if shapes[0] is None:
         return None
     if node.op_type in _SOFTMAX or node.op_type in _NORMALIZATION:
-        axes = [attribute(node, "axis", -1)]
+        axes: list[int] | None = [attribute(node, "axis", -1)]
     else:
         axes = _axes(node, index)
     if not axes or any(axis % len(shapes[0]) < num_axes for axis in axes):
