@@ -143,6 +143,12 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         default="fp32",
         help="of weights, computation and cache (default fp32)",
     )
+    export.add_argument(
+        "--graph",
+        choices=("auto", "fused", "traced"),
+        default="auto",
+        help="fused operators, torch.onnx, or the first that the model can have (default auto)",
+    )
     export.set_defaults(run=_export)
 
     generate = commands.add_parser(
@@ -254,7 +260,7 @@ def _export(args: argparse.Namespace) -> int:
 
     _quiet_transformers()
     exported = export_model(
-        args.source, args.out, args.precision, show_progress=sys.stderr.isatty()
+        args.source, args.out, args.precision, args.graph, show_progress=sys.stderr.isatty()
     )
     print(describe(exported))
     return 0

@@ -60,11 +60,25 @@ FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
 }
 
+#: What is exported through torch.onnx: name -> (model_type, fields of its config).
+TRACED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": None}),
+    "bloom": ("bloom", {"num_key_value_heads": None}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW},
+    ),
+    "llama heads of 24": ("llama", {"head_dim": 24}),
+}
+
 
 def make_decoder(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A seeded model in eval mode; fields are of its config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**_SIZES, **fields})
+    fields = {**_SIZES, **fields}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    config = AutoConfig.for_model(model_type, **fields)
     model: Any = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

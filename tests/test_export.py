@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import FUSED, MAX_POSITIONS, WINDOW, make_decoder, save_decoder
+from decoders import FUSED, MAX_POSITIONS, TRACED, WINDOW, make_decoder, save_decoder
 from transformers import AutoTokenizer
 
 from ort_train.cli import main
@@ -63,6 +63,73 @@ def test_fused_graph_has_pytorch_logits(name: str, tmp_path: Path) -> None:
     decoding.step([3, 4, 5])
     for row, token, logits in zip(rows, [3, 4, 5], decoding.logits, strict=True):
         assert np.abs(torch_logits(model, [*row, token]) - logits).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_graph_has_pytorch_logits(name: str, tmp_path: Path) -> None:
+    model_type, fields = TRACED[name]
+    model = save_decoder(tmp_path / "model", model_type, **fields)
+    said: list[str] = []
+    exported = export_model(tmp_path / "model", tmp_path / "out", say=said.append)
+    assert exported.info.kind == "traced"
+    assert said[0].startswith("no fused graph: ")
+    assert "runs slower" in said[0]
+    rows = [list(range(7, 7 + 3 * WINDOW)), [5, 9], [250]]
+    decoding = DecoderSession(exported, num_threads=1).start(rows, 3 * WINDOW + 1)
+    for row, logits in zip(rows, decoding.logits, strict=True):
+        assert np.abs(torch_logits(model, row) - logits).max() < TOLERANCE
+    decoding.step([3, 4, 5])
+    for row, token, logits in zip(rows, [3, 4, 5], decoding.logits, strict=True):
+        assert np.abs(torch_logits(model, [*row, token]) - logits).max() < TOLERANCE
+    graph = load_graph(exported.path).graph
+    assert not any(node.op_type == "GroupQueryAttention" for node in graph.node)
+    assert all(tensor.external_data or len(tensor.raw_data) < 1024 for tensor in graph.initializer)
+
+
+def test_a_tied_embedding_is_written_once(tmp_path: Path) -> None:
+    model = save_decoder(tmp_path / "model", "gpt2")
+    exported = export_model(tmp_path / "model", tmp_path / "out", graph="traced")
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    padding = 4096 * len(load_graph(exported.path).graph.initializer)
+    assert (exported.path / DATA_FILE).stat().st_size < 4 * num_weights + padding
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("mixtral", {"num_local_experts": 4}, "can't be traced: ONNX Runtime has no operator"),
+        ("mamba", {"state_size": 4}, "cache that isn't keys and values"),
+        ("bert", {}, "cache that isn't keys and values|logits differ from PyTorch's"),
+    ],
+)
+def test_what_cant_be_exported_is_named(
+    model_type: str,
+    fields: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    save_decoder(tmp_path / "model", model_type, **fields)
+    with pytest.raises(ExportError, match=message):
+        export_model(tmp_path / "model", tmp_path / "out")
+    assert left_over(tmp_path) == ["model"]
+    assert "Torch IR" not in capfd.readouterr().out  # torch.onnx prints the whole trace
+
+
+def test_tracing_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    from ort_train.ortmodule.upstream import symbolic_registry
+
+    save_decoder(tmp_path / "model", "gpt2")
+
+    def state() -> list[Any]:
+        registry = symbolic_registry()
+        groups = {name: registry.get_function_group(name) for name in registry.all_functions()}
+        overrides = {name: dict(group._functions._overrides) for name, group in groups.items()}
+        return [overrides, torch.Tensor.__bool__, torch.onnx.export, torch.is_grad_enabled()]
+
+    before = state()
+    export_model(tmp_path / "model", tmp_path / "out")
+    assert state() == before
 
 
 def test_windows_are_recorded(tmp_path: Path) -> None:
@@ -301,14 +368,18 @@ def test_what_has_no_fused_graph_is_said(
     fields: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     save_decoder(tmp_path / "model", "llama", **fields)
-    with pytest.raises(ExportError, match=reason):
-        export_model(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(ExportError, match=rf"has no fused graph: .*{reason}.*--graph traced"):
+        export_model(tmp_path / "model", tmp_path / "out", graph="fused")
+    with pytest.raises(ExportError, match=rf"fp32 only.* as .*{reason}.*leave out --precision"):
+        export_model(tmp_path / "model", tmp_path / "out", "fp16")
     assert left_over(tmp_path) == ["model"]
 
 
 def test_unknown_choices_are_named(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="precision 'int3' should be one of fp32, fp16"):
         export_model(llama, tmp_path / "out", "int3")
+    with pytest.raises(ExportError, match="graph 'best' should be one of auto, fused, traced"):
+        export_model(llama, tmp_path / "out", graph="best")
 
 
 def test_a_damaged_folder_is_refused(exported_llama: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from decoders import FUSED, MAX_POSITIONS, VOCAB_SIZE, save_decoder
+from decoders import FUSED, MAX_POSITIONS, TRACED, VOCAB_SIZE, save_decoder
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from ort_train.cli import main
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    model_type, fields = FUSED[getattr(request, "param", "llama")]
+    model_type, fields = {**FUSED, **TRACED}[getattr(request, "param", "llama")]
     folder = tmp_path_factory.mktemp("generate")
     model = save_decoder(folder / "model", model_type, **fields)
     exported = export_model(folder / "model", folder / "out")
@@ -39,7 +39,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 each_architecture = pytest.mark.parametrize(
-    "pair", ["llama", "mistral", "phi", "gemma", "qwen2 windows", "qwen3"], indirect=True
+    "pair",
+    ["llama", "mistral", "phi", "gemma", "qwen2 windows", "qwen3", *TRACED],
+    indirect=True,
 )
 
 

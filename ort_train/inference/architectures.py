@@ -153,7 +153,7 @@ def plan(config: PretrainedConfig) -> DecoderPlan:
 
 def windows(config: PretrainedConfig) -> list[int | None]:
     """Of each layer, the keys that a query sees, itself included; None: all before it."""
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
     types: Any = getattr(config, "layer_types", None)
     if types is not None:
         return [window if kind == "sliding_attention" else None for kind in types]

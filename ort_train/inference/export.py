@@ -31,6 +31,7 @@ from ort_train.job import CONFIG_FILE, MODEL_FOLDER
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+GRAPHS = ("auto", "fused", "traced")
 PRECISIONS = ("fp32", "fp16")
 _BYTES = {"fp32": 4, "fp16": 2}
 
@@ -39,6 +40,7 @@ def export_model(
     source: str | Path,
     out: str | Path,
     precision: str = "fp32",
+    graph: str = "auto",
     say: Callable[[str], Any] = print,
     show_progress: bool = False,
 ) -> ExportedModel:
@@ -49,6 +51,8 @@ def export_model(
             transformers model.
         out: a new or empty folder; it is whole or not there.
         precision: fp32; or fp16, of weights, computation and cache.
+        graph: ``fused``: GroupQueryAttention and its kin; ``traced``: through torch.onnx; ``auto``:
+            fused where the architecture has such a graph, otherwise traced, which is said.
         say: is handed what the user should know, a line at a time.
         show_progress: a bar on stderr while weights are written.
 
@@ -56,15 +60,17 @@ def export_model(
         The exported model.
 
     Raises:
-        ExportError: no model, one without a fused graph, or logits that differ.
+        ExportError: no model, one without a graph as asked for, or logits that differ.
         CheckpointError: a run that isn't complete, or too little room.
     """
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r} should be one of {', '.join(PRECISIONS)}")
+    if graph not in GRAPHS:
+        raise ExportError(f"graph {graph!r} should be one of {', '.join(GRAPHS)}")
     out = check_out(out)
     with _transformers_folder(Path(source).expanduser(), out, say) as folder:
         config = _load_config(folder)
-        kind = _choose(config)
+        kind = _choose(config, graph, precision, say)
         num_bytes = _weight_bytes(folder, precision)
         with staged(out, num_bytes) as staging:
             _write(folder, staging, kind, precision, str(source), say, show_progress)
@@ -88,7 +94,7 @@ def describe(exported: ExportedModel) -> str:
 def _write(
     folder: Path,
     staging: Path,
-    kind: Literal["fused"],
+    kind: Literal["fused", "traced"],
     precision: str,
     source: str,
     say: Callable[[str], Any],
@@ -100,7 +106,12 @@ def _write(
     model: Any = _load_model(folder)
     config, generation = model.config, model.generation_config
     with _progress(model, precision, show_progress) as on_write:
-        details = _fused(model, staging, precision, on_write)
+        if kind == "fused":
+            details = _fused(model, staging, precision, on_write)
+        else:
+            from ort_train.inference.traced import write_traced
+
+            details = write_traced(model, staging, on_write)
     expected = parity.reference(model, details["max_positions"], details["sliding_windows"])
     del model
     _release_memory()
@@ -180,10 +191,25 @@ def _load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _choose(config: PretrainedConfig) -> Literal["fused"]:
+def _choose(
+    config: PretrainedConfig, graph: str, precision: str, say: Callable[[str], Any]
+) -> Literal["fused", "traced"]:
     obstacle = fused_obstacle(config)
-    if obstacle is not None:
-        raise ExportError(f"this {config.model_type} can't be exported: {obstacle}")
+    if graph == "traced" or obstacle is not None:
+        if graph == "fused":
+            raise ExportError(
+                f"this {config.model_type} has no fused graph: {obstacle}. --graph traced exports "
+                "it through torch.onnx, which runs slower"
+            )
+        if precision != "fp32":
+            why = obstacle or "--graph traced asks for it"
+            raise ExportError(
+                f"a graph traced by torch.onnx is fp32 only, and this {config.model_type} would "
+                f"get one, as {why}: leave out --precision {precision}"
+            )
+        if obstacle is not None and graph == "auto":
+            say(f"no fused graph: {obstacle}; it is exported through torch.onnx and runs slower")
+        return "traced"
     return "fused"
 
 

@@ -144,7 +144,7 @@ def symbolic_registry() -> Any:
 
 
 @contextlib.contextmanager
-def _restored_symbolics() -> Iterator[None]:
+def restored_symbolics() -> Iterator[None]:
     """Take back every symbolic function that is registered meanwhile."""
     registry = symbolic_registry()
 
@@ -286,7 +286,7 @@ def load() -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def _output_to_file(
+def output_to_file(
     enable: bool = True, on_exit: Callable[..., Any] | None = None
 ) -> Iterator[None]:
     """What is printed goes to a file, which `on_exit` gets.
@@ -360,8 +360,8 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
         options.environment(),
         _torch_onnx_aliases(),
         _torchscript_exporter(),
-        _restored_symbolics(),
-        _attributes(upstream_logger, _suppress_os_stream_output=_output_to_file),
+        restored_symbolics(),
+        _attributes(upstream_logger, _suppress_os_stream_output=output_to_file),
         functions.as_python_ops() if options.compiled_extensions else functions.refused(),
         _attributes(
             manager,
