@@ -70,7 +70,7 @@ def write_traced_graph(
 @contextlib.contextmanager
 def _trace_scope(module: torch.nn.Module) -> Iterator[None]:
     """Everything that a trace needs of torch and transformers, taken back at the end."""
-    from ort_train.ortmodule import symbolics, upstream
+    from ort_train.ortmodule import upstream
     from ort_train.ortmodule.transformers_compat import export_scope
 
     with contextlib.ExitStack() as stack:
@@ -80,8 +80,6 @@ def _trace_scope(module: torch.nn.Module) -> Iterator[None]:
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.onnx")
         stack.enter_context(torch.no_grad())
         stack.enter_context(export_scope(module))
-        stack.enter_context(upstream.restored_symbolics())
-        symbolics.register(OPSET)
         # An exporter that fails prints the whole trace.
         stack.enter_context(upstream.output_to_file())
         yield

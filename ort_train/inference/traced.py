@@ -5,8 +5,9 @@ The cache goes in and comes out as tensors; keys and values of new tokens are ap
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from ort_train.errors import ExportError, OrtTrainError, UnsupportedModelError
 from ort_train.inference.architectures import windows
 from ort_train.inference.folder import DATA_FILE, MODEL_FILE, cache_names
+from ort_train.inference.graph import OPSET
 from ort_train.inference.trace import write_traced_graph
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def write_traced(
     inputs |= {name: {**batch, 2: "past_sequence_length"} for name in past}
     outputs = {"logits": batch} | {name: {**batch, 2: "total_sequence_length"} for name in present}
     try:
-        with values_kept_out():
+        with values_kept_out(), _symbolics():
             write_traced_graph(
                 decoder, (*example, *keys), inputs, outputs,
                 folder / MODEL_FILE, folder / DATA_FILE, on_write,
@@ -83,6 +85,17 @@ def write_traced(
         "max_positions": getattr(config, "max_position_embeddings", None),
         "sliding_windows": windows(config),
     }
+
+
+@contextlib.contextmanager
+def _symbolics() -> Iterator[None]:
+    """Operators that the exporter lacks or gets wrong at this opset."""
+    from ort_train.ortmodule import symbolics, upstream
+
+    upstream.load()  # some of them go on to ORTModule's own
+    with upstream.restored_symbolics():
+        symbolics.register(OPSET)
+        yield
 
 
 class _Decoder(torch.nn.Module):
