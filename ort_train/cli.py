@@ -139,9 +139,10 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     export.add_argument(
         "--precision",
-        choices=("fp32", "fp16"),
+        choices=("fp32", "fp16", "int8", "int4"),
         default="fp32",
-        help="of weights, computation and cache (default fp32)",
+        help="of weights, computation and cache; int8 and int4: of the weights, as ort-train "
+        "quantize does by default (default fp32)",
     )
     export.add_argument(
         "--graph",

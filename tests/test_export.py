@@ -190,6 +190,20 @@ def test_half_precision(name: str, tmp_path: Path) -> None:
     assert exported.info.parity.logits_max_abs > whole.info.parity.logits_max_abs
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_precisions(precision: str, tmp_path: Path) -> None:
+    make_decoder("llama", hidden_size=128).save_pretrained(tmp_path / "model")
+    said: list[str] = []
+    exported = export_model(tmp_path / "model", tmp_path / "out", precision, say=said.append)
+    assert exported.info.precision == precision
+    assert exported.info.kind == "fused"
+    assert f"quantized to {precision}" in said[-1]
+    assert "on random tokens" in said[-1]  # there is no tokenizer
+    assert left_over(tmp_path) == ["model", "out"]
+    operators = {node.op_type for node in load_graph(exported.path).graph.node}
+    assert ("MatMulNBits" in operators) == (precision == "int4")
+
+
 def test_weights_lie_in_the_data_file_once(tmp_path: Path) -> None:
     model = save_decoder(tmp_path / "model", "llama", tie_word_embeddings=True)
     exported = export_model(tmp_path / "model", tmp_path / "out")
@@ -376,7 +390,9 @@ def test_what_has_no_fused_graph_is_said(
 
 
 def test_unknown_choices_are_named(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="precision 'int3' should be one of fp32, fp16"):
+    with pytest.raises(
+        ExportError, match="precision 'int3' should be one of fp32, fp16, int8, int4"
+    ):
         export_model(llama, tmp_path / "out", "int3")
     with pytest.raises(ExportError, match="graph 'best' should be one of auto, fused, traced"):
         export_model(llama, tmp_path / "out", graph="best")

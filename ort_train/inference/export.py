@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 GRAPHS = ("auto", "fused", "traced")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_QUANTIZED = ("int8", "int4")
 _BYTES = {"fp32": 4, "fp16": 2}
 
 
@@ -50,7 +51,8 @@ def export_model(
         source: the folder of a run of `ort-train train` (an adapter is merged first), or of a
             transformers model.
         out: a new or empty folder; it is whole or not there.
-        precision: fp32; or fp16, of weights, computation and cache.
+        precision: fp32; fp16, of weights, computation and cache; int8 or int4: the fp32 export's
+            weights, quantized by the defaults of `ort-train quantize` and compared as it does.
         graph: ``fused``: GroupQueryAttention and its kin; ``traced``: through torch.onnx; ``auto``:
             fused where the architecture has such a graph, otherwise traced, which is said.
         say: is handed what the user should know, a line at a time.
@@ -68,6 +70,8 @@ def export_model(
     if graph not in GRAPHS:
         raise ExportError(f"graph {graph!r} should be one of {', '.join(GRAPHS)}")
     out = check_out(out)
+    if precision in _QUANTIZED:
+        return _export_quantized(source, out, precision, graph, say, show_progress)
     with _transformers_folder(Path(source).expanduser(), out, say) as folder:
         config = _load_config(folder)
         kind = _choose(config, graph, precision, say)
@@ -77,15 +81,43 @@ def export_model(
     return load_folder(out)
 
 
+def _export_quantized(
+    source: str | Path,
+    out: Path,
+    precision: str,
+    graph: str,
+    say: Callable[[str], Any],
+    show_progress: bool,
+) -> ExportedModel:
+    """Export in fp32 beside `out`, then quantize."""
+    from ort_train.inference.quantize import Scheme, quantize_folder
+    from ort_train.inference.text import make_rows
+
+    scheme = Scheme("int8" if precision == "int8" else "int4")
+    with _temporary_beside(out, "fp32") as temporary:
+        whole = export_model(source, temporary / "model", "fp32", graph, say, show_progress)
+        rows = make_rows(whole)
+        report = quantize_folder(whole.path, out, scheme, ids_BT=rows.ids_BT)
+    if report.comparison is not None:
+        say(
+            f"quantized to {report.scheme}: mean KL divergence to fp32 {report.comparison.mean_kl:.2g} "
+            f"nats a token, on {rows.source or 'random tokens'}"
+        )
+    return load_folder(out)
+
+
 def describe(exported: ExportedModel) -> str:
-    """What was written and how close it is, in two lines."""
+    """What was written and how close it is, a line each."""
     info = exported.info
-    assert info.parity is not None  # every export has one
+    line = (
+        f"{exported.path}: {info.kind} {info.precision} graph of {info.architecture}, "
+        f"{exported.num_bytes / 2**20:,.1f} MiB"
+    )
+    if info.parity is None:  # quantized: compared with fp32, which was compared with PyTorch
+        return line
     lengths = ", ".join(map(str, info.parity.prompt_lengths))
     return (
-        f"{exported.path}: {info.kind} {info.precision} graph of {info.architecture}, "
-        f"{exported.num_bytes / 2**20:,.1f} MiB\n"
-        f"logits within {info.parity.logits_max_abs:.1g} of PyTorch's "
+        f"{line}\nlogits within {info.parity.logits_max_abs:.1g} of PyTorch's "
         f"({info.parity.tolerance:.1g} allowed): prompts of {lengths} tokens in one batch, and "
         f"{info.parity.decode_steps} decode steps"
     )
@@ -148,14 +180,10 @@ def _transformers_folder(source: Path, out: Path, say: Callable[[str], Any]) -> 
             return
         from ort_train.merge import merge
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.merged-", dir=out.parent))
-        try:
+        with _temporary_beside(out, "merged") as temporary:
             merge(source, temporary / "model")
             say(f"merged the adapter of {source} into its base")
             yield temporary / "model"
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return
     if (source / "adapter_config.json").is_file():
         raise ExportError(
@@ -168,6 +196,17 @@ def _transformers_folder(source: Path, out: Path, say: Callable[[str], Any]) -> 
             "train` leaves, nor transformers' config.json"
         )
     yield source
+
+
+@contextlib.contextmanager
+def _temporary_beside(out: Path, what: str) -> Iterator[Path]:
+    """A folder on the disk of `out`, which has room for models, removed at the end."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{what}-", dir=out.parent))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load_config(folder: Path) -> PretrainedConfig:
