@@ -134,8 +134,11 @@ def test_tracing_leaves_torch_as_it_was(tmp_path: Path) -> None:
 
 def test_windows_are_recorded(tmp_path: Path) -> None:
     save_decoder(tmp_path / "model", "qwen2", **FUSED["qwen2 windows"][1])
-    info = export_model(tmp_path / "model", tmp_path / "out").info
-    assert info.sliding_windows == [None, WINDOW]
+    said: list[str] = []
+    exported = export_model(tmp_path / "model", tmp_path / "out", say=said.append)
+    assert exported.info.sliding_windows == [None, WINDOW]
+    assert "no genai_config.json: its sliding window is one token shorter" in said[0]
+    assert not (exported.path / "genai_config.json").exists()
 
 
 def test_a_window_that_is_off_by_one_is_seen(
@@ -390,9 +393,7 @@ def test_what_has_no_fused_graph_is_said(
 
 
 def test_unknown_choices_are_named(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ExportError, match="precision 'int3' should be one of fp32, fp16, int8, int4"
-    ):
+    with pytest.raises(ExportError, match="precision 'int3' should be one of fp32, fp16, int8"):
         export_model(llama, tmp_path / "out", "int3")
     with pytest.raises(ExportError, match="graph 'best' should be one of auto, fused, traced"):
         export_model(llama, tmp_path / "out", graph="best")

@@ -49,7 +49,7 @@ def genai_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral", "phi", "gemma", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "phi", "gemma", "qwen3"])
 def test_genai_generates_the_same_tokens(name: str, genai_python: Path, tmp_path: Path) -> None:
     model_type, fields = FUSED[name]
     save_decoder(tmp_path / "model", model_type, **fields)

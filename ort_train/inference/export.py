@@ -98,11 +98,11 @@ def _export_quantized(
         whole = export_model(source, temporary / "model", "fp32", graph, say, show_progress)
         rows = make_rows(whole)
         report = quantize_folder(whole.path, out, scheme, ids_BT=rows.ids_BT)
-    if report.comparison is not None:
-        say(
-            f"quantized to {report.scheme}: mean KL divergence to fp32 {report.comparison.mean_kl:.2g} "
-            f"nats a token, on {rows.source or 'random tokens'}"
-        )
+    assert report.comparison is not None  # there are rows
+    say(
+        f"quantized to {report.scheme}: mean KL divergence to fp32 "
+        f"{report.comparison.mean_kl:.2g} nats a token, on {rows.source or 'random tokens'}"
+    )
     return load_folder(out)
 
 
@@ -133,7 +133,8 @@ def _write(
     show_progress: bool,
 ) -> None:
     """Everything that an exported folder holds, parity checked."""
-    from ort_train.inference.genai import write_genai_config
+    from ort_train.inference.genai import FILE as GENAI_FILE
+    from ort_train.inference.genai import genai_obstacle, write_genai_config
 
     model: Any = _load_model(folder)
     config, generation = model.config, model.generation_config
@@ -160,7 +161,10 @@ def _write(
     )
     _copy_companions(folder, staging, config, generation, say)
     write_info(staging, info)
-    write_genai_config(staging, info, config, generation)
+    if (obstacle := genai_obstacle(info)) is None:
+        write_genai_config(staging, info, config, generation)
+    else:
+        say(f"no {GENAI_FILE}: {obstacle}")
     exported = load_folder(staging)
     info.parity = parity.check(exported, expected)
     write_info(staging, info)

@@ -3,7 +3,7 @@
     model.onnx              the graph; weights of 1 KiB and more lie in the next file
     model.onnx.data         the weights (ONNX external data), each at a multiple of 4096 bytes
     config.json, generation_config.json, tokenizer files    as transformers reads them
-    genai_config.json       onnxruntime-genai's, see `genai.py`
+    genai_config.json       onnxruntime-genai's, see `genai.py`; not with a sliding window
     ort_train_export.json   what this package needs to run it: `ExportInfo`
 
 The graph's inputs are `input_ids` (batch, sequence) and `attention_mask` (batch, total), int64;

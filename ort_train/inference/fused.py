@@ -163,7 +163,7 @@ class _Builder:
             scale=float(plan.head_dim**-0.5),
             do_rotary=1,
             rotary_interleaved=0,
-            # The kernel counts the keys before the query's own.
+            # The kernel of 1.19 counts the keys before the query's own; see also `genai.py`.
             local_window_size=-1 if window is None else window - 1,
         )
 

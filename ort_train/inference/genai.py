@@ -21,6 +21,18 @@ _DEFAULT_CONTEXT = 2048  # of a model without a limit: genai wants one
 _SEARCH = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
+def genai_obstacle(info: ExportInfo) -> str | None:
+    """Why onnxruntime-genai would compute something else; None: it wouldn't."""
+    if info.kind == "fused" and any(info.sliding_windows):
+        # GroupQueryAttention's local_window_size of 1.19.2 counts the keys before a query's own,
+        # that of 1.31 its own, too: there the same graph sees one key less.
+        return (
+            "its sliding window is one token shorter under later versions of ONNX Runtime, such as "
+            "onnxruntime-genai brings"
+        )
+    return None
+
+
 def write_genai_config(
     folder: Path, info: ExportInfo, config: PretrainedConfig, generation: GenerationConfig
 ) -> None:
