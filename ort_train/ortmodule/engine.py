@@ -20,6 +20,7 @@ from ort_train.ortmodule import (
     losses,
     malloc,
     products,
+    output_gradients,
     quantized,
     sparsity,
     symbolics,
@@ -390,7 +391,14 @@ class Engine:
             )
             return (session_options, *rest)
 
+        build_graph = manager._build_graph
+
+        def with_scalars(config: Any) -> None:
+            build_graph(config)
+            output_gradients.accept_scalars(manager)
+
         manager._get_session_config = with_threads
+        manager._build_graph = with_scalars
         return ort_module
 
 

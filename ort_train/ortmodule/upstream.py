@@ -35,6 +35,8 @@ SUPPORTED_VERSION = "1.19.2"
 _DISTRIBUTIONS = ("onnxruntime-training", "onnxruntime-training-cpu")
 _EXTENSIONS_PACKAGE = "onnxruntime.training.ortmodule.torch_cpp_extensions"
 _EXPORTER = "torch.onnx._internal.torchscript_exporter"
+#: Numbers in a tensor that could hold sizes.
+_LARGEST_SHAPE = 64
 
 
 def installed_version() -> str | None:
@@ -123,11 +125,38 @@ def _torchscript_exporter() -> Iterator[None]:
     def export(*args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("dynamo", False)
         kwargs["training"] = torch.onnx.TrainingMode.PRESERVE
-        with tracing.values_kept_out():
+        with tracing.values_kept_out(), _weights_not_computed_with():
             return original(*args, **kwargs)
 
     with _attributes(torch.onnx, export=export):
         yield
+
+
+@contextlib.contextmanager
+def _weights_not_computed_with() -> Iterator[None]:
+    """Keep weights from the exporter's shape inference, which would compute with them.
+
+    It evaluates operators whose operands it knows, such as the transposition of every linear
+    layer's weight, and keeps the results: at its end the process holds the model twice
+    (`ComputeConstant` in torch/csrc/jit/passes/onnx/shape_type_inference.cpp; torch 2.8 to 2.14).
+    A shape only ever follows from small integers; the weights' own shapes stand in the graph.
+    """
+    infer = torch._C._jit_pass_onnx_graph_shape_type_inference
+
+    def infer_without(graph: Any, params: dict[str, Any], opset: int) -> None:
+        small = {name: value for name, value in params.items() if _may_be_shape(value)}
+        with warnings.catch_warnings():  # as of the exporter's own modules, see engine.py
+            warnings.simplefilter("ignore")
+            infer(graph, small, opset)
+
+    with _attributes(torch._C, _jit_pass_onnx_graph_shape_type_inference=infer_without):
+        yield
+
+
+def _may_be_shape(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or (
+        not value.is_floating_point() and value.numel() <= _LARGEST_SHAPE
+    )
 
 
 def exporter_module(name: str) -> Any:
