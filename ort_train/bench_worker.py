@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Answer requests until `finish` or the end of stdin."""
+    from ort_train.quantization import hush_kernel_notice
+
+    hush_kernel_notice()
     return serve(Session)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ort_train import fingerprint
 from ort_train.errors import CheckpointError
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -146,6 +147,7 @@ def verify(
     shapes = dict(_tensor_shapes(checkpoint))
     if shapes:
         _compare(checkpoint, shapes, model)
+        fingerprint.check(model, checkpoint)
     elif not any(any(checkpoint.glob(pattern)) for pattern in _OTHER_WEIGHTS):
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} has no weights: resume from another checkpoint"

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
+    from ort_train.quantization import hush_kernel_notice
+
+    hush_kernel_notice()
     try:
         return args.run(args)
     except StoppedBySignal as stopped:

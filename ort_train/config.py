@@ -168,6 +168,8 @@ class TrainConfig(_Section):
     deepspeed: str | dict[str, Any] | None = None
     """zero1, zero2, zero2_offload, none, the path of a DeepSpeed JSON, or its content. None: zero2
     under DeepSpeed's launcher, DistributedDataParallel under others."""
+    ddp_timeout_s: PositiveInt = 1800
+    """Seconds that a rank waits for another one, before it takes it for lost."""
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
     epochs: PositiveFloat | None = None

@@ -140,13 +140,18 @@ class Roster:
         except RuntimeError as error:
             if len(self._members) == 1 or not _is_broken_connection(error):
                 raise
-            lost = self._wait_for_lost()
-            who = (
-                f"rank {', '.join(map(str, lost))} has died"
-                if lost
-                else f"a rank on another host than {socket.gethostname()} has died or can't be "
-                "reached; its own output says why"
-            )
+            if lost := self._wait_for_lost():
+                who = f"rank {', '.join(map(str, lost))} has died"
+            elif "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                who = (
+                    "a rank has not answered in time (train.ddp_timeout_s): it hangs, or its host "
+                    "is lost"
+                )
+            else:
+                who = (
+                    f"a rank on another host than {socket.gethostname()} has died or can't be "
+                    "reached; its own output says why"
+                )
             raise RankError(f"rank {rank()} stops: {who}. {way_out}") from error
 
     def _wait_for_lost(self, seconds: float = 2.0) -> list[int]:

@@ -298,6 +298,7 @@ def _make_trainer(
             distributed.world_size(),
         ),
         deepspeed=zero.chosen(train.deepspeed),
+        ddp_timeout=train.ddp_timeout_s,
         max_steps=train.max_steps or -1,
         num_train_epochs=train.epochs or 1.0,
         learning_rate=train.learning_rate,

@@ -1,14 +1,16 @@
 """Sizes of published models, for planning where neither the hub nor a cache can be asked.
 
 Each is what the model's own config.json on the Hugging Face hub says, as far as it differs from the
-defaults of its architecture in transformers.
+defaults of its architecture in transformers; vocabulary and hidden size stand there in any case.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+_LLAMA_7B = {"hidden_size": 4096, "vocab_size": 32000}
 _LLAMA_13B = {
+    "vocab_size": 32000,
     "hidden_size": 5120,
     "intermediate_size": 13824,
     "num_hidden_layers": 40,
@@ -18,10 +20,10 @@ _LLAMA_13B = {
 
 #: Hub id -> (architecture, fields of its config).
 KNOWN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "meta-llama/Llama-2-7b-hf": ("llama", {}),
+    "meta-llama/Llama-2-7b-hf": ("llama", _LLAMA_7B),
     "meta-llama/Llama-2-13b-hf": ("llama", _LLAMA_13B),
-    "microsoft/Orca-2-7b": ("llama", {"vocab_size": 32003}),
-    "codellama/CodeLlama-7b-hf": ("llama", {"vocab_size": 32016}),
+    "microsoft/Orca-2-7b": ("llama", {**_LLAMA_7B, "vocab_size": 32003}),
+    "codellama/CodeLlama-7b-hf": ("llama", {**_LLAMA_7B, "vocab_size": 32016}),
     "codellama/CodeLlama-70b-hf": (
         "llama",
         {
@@ -35,11 +37,22 @@ KNOWN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "meta-llama/Meta-Llama-3-8B": (
         "llama",
-        {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
     ),
     "mistralai/Mistral-7B-v0.1": (
         "mistral",
-        {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+        {
+            "hidden_size": 4096,
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
     ),
     "microsoft/phi-2": (
         "phi",

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoints, quantization
+from . import checkpoints, fingerprint, quantization
 from .config import RunConfig
 from .errors import CheckpointError, ModelError
 from .job import CONFIG_FILE, MODEL_FOLDER
@@ -36,8 +36,8 @@ def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
         What was merged onto what, one line.
 
     Raises:
-        CheckpointError: `run` has no adapter, or `out` holds something.
-        ModelError: the adapter is of another base.
+        CheckpointError: `run` has no adapter, or one of another base, or `out` holds something.
+        ModelError: the adapter is of another architecture.
     """
     run, out = Path(run).expanduser(), Path(out).expanduser()
     config, adapter = _read(run)
@@ -122,6 +122,7 @@ def _attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     if own != saved:
         differing = sorted(set(own.items()) ^ set(saved.items()))
         raise ModelError(f"{message}: they differ in {differing[0][0]}")
+    fingerprint.check(adapted, folder)
     return adapted
 
 

@@ -180,12 +180,7 @@ def measure_sizes(config: RunConfig, recompute: bool, for_deepspeed: bool) -> Mo
     total = sum(p.numel() for p in made.parameters())
     num_quantized, decoded = 0, 0
     if quantized is not None:
-        # The linear layers of the base but its output, as `quantization.quantize` replaces them.
-        weights = [
-            part.weight.numel()
-            for name, part in made.named_modules()
-            if isinstance(part, torch.nn.Linear) and "lora_" not in name and "head" not in name
-        ]
+        weights = [part.weight.numel() for _, part in quantization.quantizable(made)]
         num_quantized = sum(weights)
         decoded = max(weights) * getattr(torch, quantized.compute_dtype).itemsize
     micro = config.train.micro_batch_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,16 +125,9 @@ def quantize(model: PreTrainedModel, quantization: Quantization) -> None:
         ModelError: bitsandbytes is missing, or the model has no linear layer.
     """
     _require_bitsandbytes()
-    import torch
-    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers import AutoHfQuantizer
 
-    output = model.get_output_embeddings()
-    found = [
-        (name, part)
-        for name, part in model.named_modules()
-        if (type(part) is torch.nn.Linear or isinstance(part, Conv1D)) and part is not output
-    ]
+    found = list(quantizable(model))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear layer to quantize: set adapter.method=lora or "
@@ -149,6 +143,19 @@ def quantize(model: PreTrainedModel, quantization: Quantization) -> None:
         setattr(model, name, value)
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
+
+
+def quantizable(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """Names and modules of a model's linear layers but its output; of those of adapters none."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    output: Any = model.get_output_embeddings()
+    output = getattr(output, "base_layer", output)  # within an adapter
+    for name, part in model.named_modules():
+        is_linear = type(part) is torch.nn.Linear or isinstance(part, Conv1D)
+        if is_linear and part is not output and "lora_" not in name:
+            yield name, part
 
 
 def prepare(model: torch.nn.Module, quantization: Quantization) -> None:
@@ -205,14 +212,22 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _require_bitsandbytes() -> None:
     if (reason := unavailable_reason()) is not None:
         raise ModelError(reason)
-    # Its import warns that kernels for inference in bf16 can be downloaded (0.50).
-    kernels_logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = kernels_logger.level
-    kernels_logger.setLevel(logging.ERROR)
-    try:
-        importlib.import_module("bitsandbytes")
-    finally:
-        kernels_logger.setLevel(level)
+    hush_kernel_notice()
+    importlib.import_module("bitsandbytes")
+
+
+def hush_kernel_notice() -> None:
+    """Leave out one line of bitsandbytes 0.50: its import says that kernels for inference in bf16
+    can be downloaded.
+
+    peft imports bitsandbytes wherever it is installed, so programs of ours call this first. All
+    else that bitsandbytes logs is shown.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_notice)
+
+
+def _is_no_kernel_notice(line: logging.LogRecord) -> bool:
+    return not str(line.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def _bnb_config(quantization: Quantization) -> Any:

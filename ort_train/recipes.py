@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from .config import RunConfig, near_matches, parse
+from .config import ModelConfig, RunConfig, near_matches, parse
 from .errors import ConfigError
+from .known_models import KNOWN_MODELS
 from .quantization import of_run
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,10 @@ def load_recipe(
     """
     settings = _parse_overrides(overrides)
     settings += _unset_rivals(settings)
+    settings = [
+        (key, _absolute(value, Path.cwd()) if key == "train.deepspeed" else value)
+        for key, value in settings
+    ]
     values = _read(_find(name_or_path))
     config = parse(_override(values, settings))
     if not tiny:
@@ -110,17 +115,35 @@ def list_recipes() -> list[RecipeInfo]:
 def state_gib(config: RunConfig) -> float | None:
     """GiB of weights, gradients and AdamW's moments: parameters times bytes, activations left out.
 
-    An adapter's own share, thousandths of the whole, is left out, too.
+    An adapter's own share, thousandths of the whole, is left out, too, and so are the norms beside
+    4-bit weights.
+
+    Returns:
+        None where the sizes that it takes aren't known.
     """
     num_parameters = config.model.num_parameters
     if num_parameters is None:
         return None
     weight_bytes = 4.0 if config.model.dtype == "float32" else 2.0
     if (quantization := of_run(config)) is not None:
-        weight_bytes = quantization.bits_per_weight / 8
+        num_plain = _num_embedded(config.model)
+        if num_plain is None:
+            return None
+        num_bits = (num_parameters - num_plain) * quantization.bits_per_weight
+        return (num_bits / 8 + num_plain * weight_bytes) / 2**30
     # A gradient and two moments, in the weights' type.
     copies = 4 if config.adapter.method == "none" else 1
     return num_parameters * weight_bytes * copies / 2**30
+
+
+def _num_embedded(model: ModelConfig) -> int | None:
+    """Weights of the embedding and of the output, which stay as they are beside 4-bit ones."""
+    _, known = KNOWN_MODELS.get(model.name_or_path or "", (None, {}))
+    fields = {**known, **model.config}
+    hidden, vocab = fields.get("hidden_size"), fields.get("vocab_size") or model.vocab_size
+    if hidden is None or vocab is None:
+        return None
+    return hidden * vocab * (1 if fields.get("tie_word_embeddings") else 2)
 
 
 def tiny(config: RunConfig) -> RunConfig:
@@ -225,6 +248,9 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     chain = (*chain, path)
     values = _load_yaml(path)
+    train = values.get("train")
+    if isinstance(train, dict) and "deepspeed" in train:
+        train["deepspeed"] = _absolute(train["deepspeed"], path.parent)
     values.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem))
     base = values.pop("extends", None)
     if base is None:
@@ -241,6 +267,15 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     inherited = _read(base_path, chain)
     inherited.pop("description", None)
     return _merge(inherited, values)
+
+
+def _absolute(deepspeed: Any, folder: Path) -> Any:
+    """A DeepSpeed config's path, seen from the folder; of anything else, what it is."""
+    if not isinstance(deepspeed, str) or deepspeed.lstrip().startswith("{"):
+        return deepspeed
+    path = Path(deepspeed).expanduser()
+    is_path = path.suffix == ".json" or len(path.parts) > 1
+    return str(folder / path) if is_path else deepspeed
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
-from ort_train import batches, checkpoints
+from ort_train import batches, checkpoints, fingerprint
 from ort_train.backends import runner_factory, savings
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
@@ -316,6 +316,12 @@ class ORTTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
             self._rotate(run_dir)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's; beside an adapter stands which base it was trained with."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            fingerprint.write(self.model, output_dir or self.args.output_dir)
 
     def _rotate(self, run_dir: Path) -> None:
         try:

@@ -44,6 +44,26 @@ def test_a_build_is_made_once_and_leaves_nothing_else(builds):
     assert [p for p in extensions.cache_folder().iterdir() if p.is_dir()] == [library.parent]
 
 
+def test_a_cached_build_needs_no_compiler(builds, monkeypatch):
+    """As on the nodes of a cluster that share a home."""
+    library = extensions.build()
+    monkeypatch.setattr(extensions, "missing_tool", lambda: "a C++ compiler is needed")
+    assert extensions.build() == library  # no headers, but a compiler
+    monkeypatch.setattr(extensions, "find_compiler", lambda: None)
+    assert extensions.build() == library
+    library.write_bytes(b"machine")  # damaged: not taken
+    with pytest.raises(BackendUnavailableError, match=r"a C\+\+ compiler"):
+        extensions.build()
+    assert len(builds) == 1
+
+
+def test_another_compiler_makes_a_build_of_its_own(builds, monkeypatch):
+    first = extensions.build()
+    monkeypatch.setattr(extensions, "find_compiler", lambda: ["echo"])
+    assert extensions.build() != first
+    assert len(builds) == 2
+
+
 def test_concurrent_builds_wait_for_the_first(builds):
     threads = [threading.Thread(target=extensions.build) for _ in range(4)]
     for thread in threads:
@@ -77,6 +97,7 @@ def test_other_versions_have_other_builds(builds, monkeypatch):
 
 def test_without_a_compiler_the_way_out_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ORT_TRAIN_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(BackendUnavailableError, match=r"apt-get install g\+\+"):
         extensions.build()
@@ -84,6 +105,7 @@ def test_without_a_compiler_the_way_out_is_named(monkeypatch, tmp_path):
 
 def test_without_headers_the_way_out_is_named(monkeypatch, tmp_path):
     paths = {"include": str(tmp_path)}
+    monkeypatch.setenv("ORT_TRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr(toolchain, "find_compiler", lambda: ["g++"])
     monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: paths)
     with pytest.raises(BackendUnavailableError, match=r"apt-get install python3\.\d+-dev"):

@@ -1,4 +1,4 @@
-"""Outputs that backward brings no gradient for cost nothing, and those that it does are followed."""
+"""Outputs that backward brings no gradient for cost nothing; those that it does are followed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def wrapped(tiny_llama: Callable[..., Any]) -> Any:
     return wrap(tiny_llama().train(), "ort")
 
 
-@pytest.mark.parametrize("objective", [loss_alone, logits_alone, both, loss_alone])
+@pytest.mark.parametrize("objective", [loss_alone, logits_alone, both])
 @pytest.mark.parametrize("shape", [(2, 12), (3, 7)])
 def test_one_graph_serves_every_objective(
     wrapped: Any, objective: Callable[..., Any], shape: tuple[int, int]
@@ -64,8 +64,9 @@ def test_no_zeros_are_made_for_the_logits(wrapped: Any) -> None:
     assert graph_info(wrapped).output_grad_indices_require_full_shape == [0]
     with torch.profiler.profile(record_shapes=True) as profile:
         gradients(wrapped, ids, loss_alone)
-    zeros = [event.input_shapes for event in profile.events() if event.name == "aten::zeros"]
-    assert not any(24 * 300 in map(lambda s: torch.Size(s).numel(), shapes) for shapes in zeros)
+    zeros = [event.input_shapes for event in profile.events() if event.name == "aten::zero_"]
+    assert zeros  # of the loss's gradient, or the optimizer's
+    assert [[2, 12, 300]] not in [shapes[:1] for shapes in zeros]
 
 
 class TwoHeads(torch.nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ort_train import cli, plan
+from ort_train import cli, plan, quantization
 from ort_train.config import RunConfig
 from ort_train.errors import ConfigError, ModelError
 from ort_train.known_models import KNOWN_MODELS
@@ -66,6 +66,33 @@ def test_adapters_and_four_bits_take_less() -> None:
     assert quantized.stored_bytes < adapted.stored_bytes
     assert quantized.num_quantized + quantized.num_frozen == adapted.num_frozen
     assert adapted.step.at(2) < full.step.at(2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("targets", ["all-linear", "[lm_head]"])
+def test_four_bits_are_counted_where_they_are(architecture: str, targets: str) -> None:
+    """Embeddings, norms, biases and the output keep their type, and GPT-2's linear layers are no
+    torch.nn.Linear."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    overrides = [f"model.architecture={architecture}", "adapter.method=qlora"]
+    config = _config(*overrides, f"adapter.target_modules={targets}")
+    found = plan.measure_sizes(config, recompute=False, for_deepspeed=False)
+    name, fields = plan.model_fields(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    quantization.quantize(model, quantization.Quantization())
+    num_quantized = sum(p.quant_state.shape.numel() for p in model.parameters() if _is_4bit(p))
+    assert num_quantized > 0
+    assert found.num_quantized == num_quantized
+    assert found.num_frozen == num_parameters - num_quantized
+    plain_bytes = 4 * (found.num_trained + found.num_frozen)
+    assert found.stored_bytes == plain_bytes + num_quantized * 4.5 / 8
+
+
+def _is_4bit(parameter: torch.nn.Parameter) -> bool:
+    return hasattr(parameter, "quant_state")
 
 
 def test_recomputing_saves_and_samples_cost() -> None:

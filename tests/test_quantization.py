@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,17 @@ def test_layers_that_bitsandbytes_misreads_are_refused(tokenizer, bitsandbytes):
 @pytest.mark.parametrize(("double_quant", "bits"), [(False, 4.5), (True, 4.127)])
 def test_bits_per_weight(double_quant: bool, bits: float):
     assert Quantization(double_quant=double_quant).bits_per_weight == pytest.approx(bits, abs=1e-3)
+
+
+def test_commands_leave_out_one_line_of_bitsandbytes_and_no_other() -> None:
+    """Its import warns of kernels for inference; peft imports it for every adapter."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    code = (
+        "import logging, sys; from ort_train import cli; cli.main(['recipes']); import peft; "
+        "from bitsandbytes.backends.cpu import ops; ops.logger.warning('a real fault'); "
+        "print('bitsandbytes' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "True"
+    assert "a real fault" in done.stderr
+    assert "gemm_4bit_forward" not in done.stderr

@@ -261,3 +261,26 @@ def test_tiny_leaves_small_sizes_alone():
 def test_tiny_needs_the_architecture():
     overrides = ["model.architecture=null", "model.name_or_path=gpt2", "model.vocab_size=null"]
     assert "set model.architecture" in fails("quickstart", overrides, tiny=True)
+
+
+def test_a_deepspeed_config_is_found_from_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the recipe that names it, also through a derived one; from the current folder on the
+    command line."""
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "base.yaml").write_text(
+        "extends: quickstart\ntrain: {deepspeed: ../zero.json}\n"
+    )
+    (tmp_path / "mine.yaml").write_text("extends: bases/base.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    found = load_recipe("mine.yaml").train.deepspeed
+    assert Path(str(found)).resolve() == tmp_path / "zero.json"
+    monkeypatch.chdir(tmp_path / "bases")
+    found = load_recipe(tmp_path / "mine.yaml", ["train.deepspeed=own.json"]).train.deepspeed
+    assert Path(str(found)).resolve() == tmp_path / "bases" / "own.json"
+    for plain in ("zero2", "none", '{"bf16": {}}', str(tmp_path / "zero.json")):
+        (tmp_path / "plain.yaml").write_text(
+            f"extends: quickstart\ntrain: {{deepspeed: '{plain}'}}\n"
+        )
+        assert load_recipe(tmp_path / "plain.yaml").train.deepspeed == plain

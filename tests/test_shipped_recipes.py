@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ort_train import job
-from ort_train.recipes import list_recipes, load_recipe
+from ort_train.recipes import list_recipes, load_recipe, state_gib
 
 RECIPES = {info.name: info for info in list_recipes()}
 # Sizes of the models that recipes load, in the terms of transformers' configs.
@@ -148,7 +148,18 @@ def test_a_users_recipe_extends_a_shipped_one_from_any_folder(
 
 
 def test_memory_estimates() -> None:
-    # 6.74e9 parameters: of 16 bytes, of 2, and of 4.127 bits.
+    # 6.74e9 parameters: of 16 bytes, of 2, and of 4.127 bits; of these, embedding and output, 32000
+    # x 4096 each, keep 2 bytes.
     assert RECIPES["llama2_7b"].state_gib == pytest.approx(100.4, abs=0.1)
     assert RECIPES["llama2_7b_lora"].state_gib == pytest.approx(12.6, abs=0.1)
-    assert RECIPES["llama2_7b_qlora"].state_gib == pytest.approx(3.24, abs=0.01)
+    assert RECIPES["llama2_7b_qlora"].state_gib == pytest.approx(3.60, abs=0.01)
+    assert all(info.state_gib for info in RECIPES.values())
+
+
+def test_memory_of_unknown_sizes_is_not_guessed() -> None:
+    unknown = ["model.name_or_path=somebody/something"]
+    assert state_gib(load_recipe("llama2_7b_lora", unknown)) == pytest.approx(12.6, abs=0.1)
+    assert state_gib(load_recipe("llama2_7b_qlora", unknown)) is None
+    sizes = ["model.config={hidden_size: 4096, vocab_size: 32000, tie_word_embeddings: true}"]
+    found = state_gib(load_recipe("llama2_7b_qlora", [*unknown, *sizes]))
+    assert found == pytest.approx(3.60 - 32000 * 4096 * (2 - 4.127 / 8) / 2**30, abs=0.01)

@@ -10,6 +10,7 @@ needs no compiler (aten.py).
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -161,22 +162,28 @@ def _source_folder() -> Path:
     return Path(spec.origin).parent / "training/ortmodule/torch_cpp_extensions/cpu" / _NAME
 
 
-def _key(compiler: list[str], source: Path) -> str:
-    """Names a build by everything that its outcome depends on."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+def _key(source: Path) -> str:
+    """Names a build by everything that its outcome depends on, but the compiler."""
     parts = [
         torch.__version__,
         str(torch.compiled_with_cxx11_abi()),
         sys.implementation.cache_tag,
         sysconfig.get_platform(),
-        version.stdout,
-        *_command(compiler, Path("build")),
+        *_command([], Path("build")),
         _HEADER,
         repr(_SUBSTITUTIONS),
         *((source / name).read_text(encoding="utf-8") for name in _SOURCES),
     ]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return f"torch{torch.__version__}-{sys.implementation.cache_tag}-{digest}"
+    return f"torch{torch.__version__}-{sys.implementation.cache_tag}-{_digest(parts)}"
+
+
+def _compiler_key(compiler: list[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return _digest([*compiler, version.stdout])
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _checksum(library: Path) -> str:
@@ -213,12 +220,16 @@ def _compile(compiler: list[str], source: Path, folder: Path) -> None:
 
 
 def cached() -> Path | None:
-    """The folder of the build for what is installed here, or None where there is none."""
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    folder = cache_folder() / _key(compiler, _source_folder())
-    return folder if _is_whole(folder) else None
+    """The folder of the build for what is installed here, or None where there is none.
+
+    Of this machine's compiler; without one, of any.
+    """
+    key, compiler = _key(_source_folder()), find_compiler()
+    if compiler is not None:
+        folders = [cache_folder() / f"{key}-{_compiler_key(compiler)}"]
+    else:
+        folders = sorted(cache_folder().glob(f"{glob.escape(key)}-*"))
+    return next(filter(_is_whole, folders), None)
 
 
 def build() -> Path:
@@ -229,6 +240,8 @@ def build() -> Path:
     Raises:
         BackendUnavailableError: without a compiler or Python's headers, or where the build fails.
     """
+    if (whole := cached()) is not None:
+        return whole / _LIBRARY
     missing = missing_tool()
     compiler = find_compiler()
     if missing is not None or compiler is None:
@@ -237,7 +250,7 @@ def build() -> Path:
         )
     source = _source_folder()
     root = cache_folder()
-    folder = root / _key(compiler, source)
+    folder = root / f"{_key(source)}-{_compiler_key(compiler)}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if _is_whole(folder):
