@@ -2,8 +2,9 @@
 
     python benchmarks/compat_matrix.py [--only NAME]
 
-Writes compat_matrix.json and compat_matrix.md beside this file. A row of an earlier run stays until
-its set is run again. Environments (3 to 8 GB each) are kept, so a second run installs nothing.
+Writes compat_matrix.json and compat_matrix.md beside this file, and the table into README.md. A row
+of an earlier run stays until its set is run again. Environments (3 to 8 GB each) are kept, so a
+second run installs nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ort_train import record
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/test_architectures.py"
+MARKS = ("<!-- compat_matrix.py writes this table -->", "<!-- its end -->")
 SHOWN = ("torch", "transformers", "peft", "accelerate", "onnx", "numpy", "onnxruntime-training")
 
 
@@ -116,15 +118,12 @@ def run_tests(python: Path, report: Path, arguments: list[str]) -> dict[str, Any
 
 
 def kind(message: str) -> str:
-    """How a test failed: the architecture is not in that transformers, it is refused by an error
-    that says why, or anything else, which is a fault."""
-    if "Unrecognized model identifier" in message or "set_experts_implementation" in message:
-        return "absent"
+    """How a test failed: refused by an error that says why, or anything else, which is a fault."""
     return "refused" if "UnsupportedModelError" in message else "fault"
 
 
-def to_markdown(results: list[dict[str, Any]]) -> str:
-    """A table of all sets, and what failed in them."""
+def table(results: list[dict[str, Any]]) -> str:
+    """A row for each set: what passed, and how the rest didn't."""
     lines = [
         "| torch | transformers | peft | onnx | Python | passed | refused | faults | absent |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -134,9 +133,17 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         kinds = [kind(message) for message in row["failed"].values()]
         cells = [versions[name] for name in ("torch", "transformers", "peft", "onnx")]
         cells += [row["python"], row["num_passed"]]
-        cells += [kinds.count(name) for name in ("refused", "fault", "absent")]
+        cells += [kinds.count("refused"), kinds.count("fault"), row["num_skipped"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "Counted in tests. Absent: not in that version of transformers."]
+    return "\n".join(lines) + "\n"
+
+
+def to_markdown(results: list[dict[str, Any]]) -> str:
+    """The table, and what failed."""
+    lines = [
+        table(results),
+        "Counted in tests. Absent: skipped, of what that version of transformers hasn't yet.",
+    ]
     for row in results:
         for name in ("refused", "fault"):
             tests = [(t, m) for t, m in row["failed"].items() if kind(m) == name]
@@ -144,6 +151,12 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
                 lines += ["", f"{row['name']}, {name}:", ""]
                 lines += [f"- `{test}`: {message[:160]}" for test, message in tests]
     return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, results: list[dict[str, Any]]) -> str:
+    """The README's text with this table in the place of its former one."""
+    before, rest = readme.split(MARKS[0], 1)
+    return f"{before}{MARKS[0]}\n{table(results)}{MARKS[1]}{rest.split(MARKS[1], 1)[1]}"
 
 
 def main() -> int:
@@ -191,6 +204,10 @@ def main() -> int:
             temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
         with record.replacing(path.with_suffix(".md")) as temporary:
             temporary.write_text(to_markdown(results), encoding="utf-8")
+        readme = ROOT / "README.md"
+        text = with_table(readme.read_text(encoding="utf-8"), results)
+        with record.replacing(readme) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     if rows:
         print(to_markdown([rows[name] for name in names if name in rows]))
     return int(any(row["failed"] for row in rows.values()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -160,6 +161,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _decoder("olmoe", num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
     _decoder("granitemoe", num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
     _decoder("granitemoeshared", num_key_value_heads=2, shared_intermediate_size=HIDDEN, **_LOCAL),
+    _decoder("jetmoe", num_key_value_heads=2, num_local_experts=4, kv_channels=8),
     _decoder("flex_olmo", num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
     _decoder("gpt_oss", num_key_value_heads=2, head_dim=8, sliding_window=6, num_local_experts=4),
     _decoder("minimax", num_key_value_heads=2, num_local_experts=4),
@@ -367,17 +369,13 @@ KNOWN_UNSUPPORTED: tuple[tuple[Architecture, str], ...] = (
     (_decoder("deepseek_v2", **_LATENT, **_ROUTED), r"aten::polar"),
     (_encoder("fnet"), r"aten::fft_fftn"),
     # Decisions in Python on the batch's values: see ort_train/ortmodule/tracing.py.
-    (
-        _decoder("jetmoe", num_key_value_heads=2, num_local_experts=4, kv_channels=8),
-        r"expert_size\.tolist\(\)",
-    ),
     (_encoder("ibert"), r"x_min\.min\(\)"),
     (_encoder("longformer", attention_window=4), r"is_index_global_attn"),
     (_encoder("xlm", emb_dim=HIDDEN, n_layers=2, n_heads=4), r"lengths\.max\(\)\.item\(\)"),
-    (_seq2seq("switch_transformers", **_T5, num_experts=4), r"expert_idx"),
+    (_seq2seq("switch_transformers", **_T5, num_experts=4), r"expert_idx|activated. expert"),
     (_seq2seq("led", **_BART, **_WINDOWED), r"is_index_global_attn"),
     # A backward of its own, which a trace would drop (compiled_extensions=true runs it).
-    (_decoder("phimoe", num_key_value_heads=2, num_local_experts=4), r"PhimoeMultiplier"),
+    (_decoder("phimoe", num_key_value_heads=2, num_local_experts=4), r"phimoe\.\w*Multiplier"),
     (_encoder("yoso"), r"YosoCumulation"),
 )
 
@@ -391,7 +389,13 @@ def _without_dropout(config: Any) -> None:
 
 
 def make_model(architecture: Architecture, seed: int = 0, attention: str = "sdpa") -> Any:
-    """A seeded tiny model in training mode, with no dropout."""
+    """A seeded tiny model in training mode, with no dropout.
+
+    The test is skipped where a transformers before the tested set's 5 hasn't the architecture yet.
+    """
+    is_known = architecture.model_type in transformers.CONFIG_MAPPING
+    if not is_known and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture.model_type}")
     config = transformers.AutoConfig.for_model(architecture.model_type, **architecture.config)
     _without_dropout(config)
     torch.manual_seed(seed)
@@ -400,6 +404,12 @@ def make_model(architecture: Architecture, seed: int = 0, attention: str = "sdpa
         model = auto_class.from_config(config, attn_implementation=attention)
     except ValueError:  # the architecture has no sdpa attention
         model = auto_class.from_config(config, attn_implementation="eager")
+    if architecture.model_type == "jetmoe":
+        # It routes the embeddings themselves. transformers 4.57 makes those of padding zero, so all
+        # experts score the same, and which of them torch.topk and ONNX's TopK take is undefined.
+        embeddings = model.get_input_embeddings()
+        with torch.no_grad():
+            embeddings.weight[embeddings.padding_idx] = embeddings.weight[-1]
     return model.float().train()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import architectures
 import pytest
 import torch
 from architectures import ARCHITECTURES, KNOWN_UNSUPPORTED, Architecture, make_batch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
@@ -64,7 +66,12 @@ def test_as_eager(architecture):
     # The first one is exported; one is longer than a sliding window and wider, one is left-padded.
     assert_as_eager(eager, ours, make_batch(architecture, 2, 12, seed=0))
     assert_as_eager(eager, ours, make_batch(architecture, 3, 16, seed=1))
-    assert_as_eager(eager, ours, flipped(architecture, make_batch(architecture, 1, 9, seed=2)))
+    # Rows of left padding see nothing. Where the mask is added as numbers, as by most models of
+    # transformers 4.57, all their scores are the lowest number, and torch's fused kernel for the
+    # CPU takes the softmax in its backward from exp(score - logsumexp), which is 1 for every key:
+    # its gradients are several times too large. torch's plain attention is the reference.
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_as_eager(eager, ours, flipped(architecture, make_batch(architecture, 1, 9, seed=2)))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "bert", "t5", "mixtral"])
@@ -91,26 +98,30 @@ def test_experts_for_any_routing(implementation):
     """The exported batch sends every token to two experts, a later one to the other two."""
     architecture = architectures.find("mixtral")
     eager = architectures.make_model(architecture)
-    eager.set_experts_implementation(implementation)
+    if hasattr(eager, "set_experts_implementation"):
+        eager.set_experts_implementation(implementation)
+    elif implementation != "eager":
+        pytest.skip("transformers before 5 has one implementation")
     ours = wrap(copy.deepcopy(eager), "ort", options=OPTIONS)
 
     def route(experts: tuple[int, int]) -> None:
         for model in (eager, ours):
             for layer in model.model.layers:
+                gate = (layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe).gate
                 with torch.no_grad():
-                    layer.mlp.gate.weight.mul_(1e-3)
+                    gate.weight.mul_(1e-3)
                     layer.post_attention_layernorm.weight.fill_(1)
                     # A direction that all tokens share decides.
                     model.model.embed_tokens.weight[:, 0] = 5
-                    layer.mlp.gate.weight[:, 0] = torch.tensor(
+                    gate.weight[:, 0] = torch.tensor(
                         [1.0 - 0.1 * e if e in experts else -1.0 for e in range(4)]
                     )
 
     for seed, experts in enumerate([(0, 1), (2, 3), (1, 2)]):
         route(experts)
         assert_as_eager(eager, ours, make_batch(architecture, 2, 10 + seed, seed))
-    assert eager.config._experts_implementation == implementation
-    assert ours.config._experts_implementation == implementation
+    for model in (eager, ours):
+        assert getattr(model.config, "_experts_implementation", "eager") == implementation
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -184,6 +195,8 @@ def test_cache_is_left_out_and_the_config_left_alone():
 def test_unsupported_is_refused_by_name(architecture, reason):
     """Where this fails, the architecture has been repaired: move it into the table."""
     model = wrap(architectures.make_model(architecture), "ort", options=OPTIONS)
+    arguments = inspect.signature(model.forward).parameters  # FNet takes no mask in 4.57
     batch = make_batch(architecture, 2, 12, seed=0)
+    batch = {name: value for name, value in batch.items() if name in arguments}
     with pytest.raises(UnsupportedModelError, match=reason):
         model(**batch).loss.backward()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 from architectures import ARCHITECTURES, KNOWN_UNSUPPORTED
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _section(title: str) -> str:
@@ -29,3 +32,16 @@ def test_names_the_architectures_that_are_refused() -> None:
         if not re.search(rf"\b{re.escape(architecture.model_type)}\b", refused)
     ]
     assert not missing
+
+
+def test_shows_the_table_of_versions_as_it_was_recorded() -> None:
+    path = ROOT / "benchmarks" / "compat_matrix.py"
+    spec = importlib.util.spec_from_file_location("compat_matrix", path)
+    assert spec is not None
+    assert spec.loader is not None
+    compat_matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compat_matrix)
+    results = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["results"]
+    assert compat_matrix.with_table(README, results) == README
+    recorded = [row["name"] for row in results]
+    assert recorded == [versions.name for versions in compat_matrix.SETS]

@@ -92,6 +92,44 @@ def test_sizes_of_chunks_are_not_frozen():
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x, i: x.new_zeros(4, 8).index_add(0, i, x), id="index_add"),
+        pytest.param(lambda x, i: x[:4].index_add(0, i, x, alpha=0.5), id="index_add with alpha"),
+        pytest.param(
+            lambda x, i: x[:, :4].contiguous().index_add(1, i[:8], x), id="index_add of columns"
+        ),
+        pytest.param(
+            lambda x, i: x.new_zeros(4, 8).index_put((i,), x, accumulate=True), id="index_put"
+        ),
+        pytest.param(
+            lambda x, i: x.new_zeros(4, 8).scatter_add(0, i[:, None].expand(-1, 8), x),
+            id="scatter_add",
+        ),
+    ],
+)
+def test_values_of_one_index_are_added(function):
+    """torch's own index_add and index_put keep one of them."""
+    torch.manual_seed(0)
+    calls = [(torch.randn(rows, 8), torch.randint(0, 4, (rows,))) for rows in (8, 12)]
+    assert_as_eager(Lambda(function), *calls)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x, i: x * torch.bitwise_and(i > 2, i < 5)[:, None], id="booleans"),
+        pytest.param(lambda x, i: x * ((i > 2) & (i < 5))[:, None], id="operator on booleans"),
+        pytest.param(lambda x, i: x * torch.bitwise_and(i, i + 3)[:, None], id="integers"),
+        pytest.param(lambda x, i: x * (i & 1)[:, None], id="operator on integers"),
+    ],
+)
+def test_bitwise_and(function):
+    calls = [(torch.randn(rows, 8), torch.arange(rows)) for rows in (8, 12)]
+    assert_as_eager(Lambda(function), *calls)
+
+
+@pytest.mark.parametrize(
     "layer",
     [
         pytest.param(torch.nn.Conv1d(4, 6, 3, stride=2, padding=1), id="1d"),
@@ -262,6 +300,26 @@ def test_numbers_of_the_batch_are_refused(function):
 )
 def test_sizes_and_selections_are_not_refused(function):
     assert_as_eager(Lambda(function), *batches((2, 8), (3, 8)))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        pytest.param(
+            lambda x: x * torch.bitwise_and(x > 0, torch.arange(8)),
+            "operands of torch.bool and torch.int64",
+            id="bitwise_and of two types",
+        ),
+        pytest.param(
+            lambda x: x.index_put((torch.arange(8), torch.arange(8)), x[0], accumulate=True),
+            "other than one index of the first axis",
+            id="index_put with two indices",
+        ),
+    ],
+)
+def test_uses_that_would_be_wrong_are_refused(function, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        wrap(Lambda(function), "ort", options=OPTIONS)(torch.randn(8, 8))
 
 
 def test_loops_over_rows_fail_on_other_numbers_of_rows():

@@ -69,7 +69,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _summary(error: BaseException, text: str, operator: str | None) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     name = operator.split("::")[-1] if operator else ""
-    line = next((line for line in lines if name in line), "") if operator else ""
+    told = (line for line in lines if name in line and not line.startswith("File "))
+    line = next(told, "") if operator else ""
     line = _NOISE.sub("", line or (lines[-1] if lines else "")).strip()
     if not line:
         frames = traceback.extract_tb(error.__traceback__)

@@ -41,6 +41,7 @@ _GRADIENTS = {
     ),
     "ort_train::pack_rows": _Gradient(("ort_train::unpack_rows",), (1, 2)),
     "ort_train::unpack_rows": _Gradient(("ort_train::pack_rows",), (1, 2)),
+    "ort_train::index_sum": _Gradient(("index_select",), (1, 2)),
 }
 #: Inputs through which no gradient flows.
 _STOPPED = {
@@ -51,6 +52,7 @@ _STOPPED = {
     "ort_train::kept_rows": {0, 1, 2},
     "ort_train::row_positions": {0, 1},
     "ort_train::unsliced_rows": {0, 1, 2, 3},
+    "ort_train::index_sum": {2, 3},
     "histc": {0},
 }
 

@@ -63,6 +63,32 @@ def grouped_linear_weight_grad(
     return result
 
 
+@torch.library.custom_op("ort_train::split_groups", mutates_args=())
+def split_groups(input: torch.Tensor, sizes: torch.Tensor, num_groups: int) -> list[torch.Tensor]:
+    """Rows in groups whose sizes are known to the graph alone; ONNX's Split.
+
+    Args:
+        input: (rows, width), sorted by group.
+        sizes: (groups,) how many rows each group has, int64.
+        num_groups: how many there are.
+
+    Returns:
+        (sizes[i], width) for each group i.
+    """
+    return [part.clone() for part in input.split(sizes.tolist())]
+
+
+@torch.library.custom_op("ort_train::index_sum", mutates_args=())
+def index_sum(
+    source: torch.Tensor, dim: int, index: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    """Zeros with the shape of `like`, to which the slices of `source` are added at `index`.
+
+    Its gradient with respect to `source` is `torch.index_select`.
+    """
+    return torch.zeros_like(like, dtype=source.dtype).index_add(dim, index, source)
+
+
 @torch.library.custom_op("ort_train::convolution_input_grad", mutates_args=())
 def convolution_input_grad(
     grad: torch.Tensor,

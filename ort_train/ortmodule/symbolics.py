@@ -216,6 +216,17 @@ def _einsum(g: Any, equation: Any, tensors: Any, path: Any = None) -> Any:
     return _upstream("::einsum")(g, equation, tensors, path)
 
 
+@_symbolic("bitwise_and", "__and_")
+def _bitwise_and(g: Any, self: Any, other: Any) -> Any:
+    """ONNX has it from opset 18 on; until then And for masks, and torch for integers."""
+    dtypes = {dtype_of(self), dtype_of(other)}
+    if len(dtypes) > 1:
+        raise unsupported("bitwise_and", f"operands of {' and '.join(sorted(map(str, dtypes)))}")
+    if dtypes == {torch.bool}:
+        return g.op("And", self, other)
+    return aten(g, "bitwise_and", self, other, overload="Tensor")
+
+
 # --- Loss
 
 
@@ -335,6 +346,31 @@ def _where(g: Any, condition: Any, self: Any = None, other: Any = None, _output:
     return g.op("Where", condition, *chosen)
 
 
+@_symbolic("index_add")
+def _index_add(g: Any, self: Any, dim: Any, index: Any, source: Any, alpha: Any = None) -> Any:
+    """torch's own writes one of the slices that have the same index, and says so in a warning."""
+    rank, source_rank = rank_of(self, "index_add"), rank_of(source, "index_add")
+    if rank != source_rank:
+        raise unsupported("index_add", f"{source_rank} axes added to {rank}")
+    total = typed(aten(g, "ort_train::index_sum", source, dim, index, self), self, sizes_of(self))
+    factor = 1 if alpha is None or is_none(alpha) else constant(alpha, "f", "alpha")
+    if factor != 1:
+        total = g.op("Mul", total, scalar(g, factor, dtype_of(self)))
+    return g.op("Add", self, total)
+
+
+@_symbolic("index_put", "index_put_")
+def _index_put(g: Any, self: Any, indices: Any, values: Any, accumulate: Any = False) -> Any:
+    """torch's own writes one of the values that have the same index, where they are to be added."""
+    if not constant(accumulate, "b", "accumulate"):
+        return exporter_module("symbolic_opset11").index_put(g, self, indices, values, accumulate)
+    (index, *others) = exporter_module("symbolic_helper")._unpack_list(indices)
+    is_rows = not others and sizes_of(index) is not None and len(sizes_of(index) or []) == 1
+    if not is_rows or rank_of(values, "index_put") != rank_of(self, "index_put"):
+        raise unsupported("index_put", "accumulate and other than one index of the first axis")
+    return _index_add(g, self, scalar(g, 0, torch.int64), index, values)
+
+
 # --- Attention and experts
 
 
@@ -347,6 +383,15 @@ def _grouped_linear(g: Any, input: Any, weight: Any, offsets: Any, is_transposed
     weight_sizes = sizes_of(weight)
     axis = 2 if constant(is_transposed, "b", "is_transposed") else 1
     return typed(output, input, [None, weight_sizes[axis] if weight_sizes else None])
+
+
+@_symbolic("ort_train::split_groups")
+def _split_groups(g: Any, input: Any, sizes: Any, num_groups: Any) -> Any:
+    num_parts = constant(num_groups, "i", "num_groups")
+    parts = g.op("Split", input, sizes, axis_i=0, outputs=num_parts)
+    parts = parts if num_parts > 1 else [parts]
+    width = (sizes_of(input) or [None, None])[1:]
+    return g.op("prim::ListConstruct", *(typed(part, input, [None, *width]) for part in parts))
 
 
 @_symbolic("histc")

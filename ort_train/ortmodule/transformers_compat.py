@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule import operators  # noqa: F401  # grouped_linear
+from ort_train.ortmodule import experts, operators  # noqa: F401  # grouped_linear
 
 
 @contextlib.contextmanager
@@ -33,8 +33,18 @@ def export_scope(module: torch.nn.Module) -> Iterator[None]:
             # later); the grouped form sorts the tokens by expert, for any routing.
             _set(stack, config, "_experts_implementation_internal", "grouped_mm")
         _patch(stack, "integrations.moe", "_grouped_linear", _grouped_linear)
-        span = "compute_attention_span"
-        _patch(stack, "models.deberta.modeling_deberta", span, _compute_attention_span)
+        for replacement in experts.replacements(module):
+            _replace(stack, *replacement)
+        for modeling in {sys.modules[type(part).__module__] for part in module.modules()}:
+            for name, value in list(vars(modeling).items()):
+                if isinstance(value, torch.jit.ScriptFunction):
+                    # The exporter would meet its branches (of DeBERTa in 4.57) as branches.
+                    _replace(stack, modeling, name, value._torchdynamo_inline)
+        deberta = "models.deberta.modeling_deberta"
+        _patch(stack, deberta, "compute_attention_span", _compute_attention_span)
+        _patch(stack, "models.xmod.modeling_xmod", "XmodOutput.lang_adapter", _lang_adapter)
+        rotary = "RotaryEmbedding._update_cos_sin_tables"
+        _patch(stack, "models.esm.modeling_esm", rotary, _update_cos_sin_tables)
         if (4, 53) <= _version() < (5, 0):
             _patch(stack, "masking_utils", "_vmap_for_bhqkv", _broadcast_mask)
             _patch(stack, "masking_utils", "TransformGetItemToIndex", contextlib.nullcontext)
@@ -63,16 +73,23 @@ def _configs(module: torch.nn.Module) -> list[Any]:
 def _set(stack: contextlib.ExitStack, config: Any, name: str, value: Any) -> None:
     """Set an attribute of a config that has one, until the stack unwinds."""
     if getattr(config, name, None) is not None:
-        stack.callback(setattr, config, name, getattr(config, name))
-        setattr(config, name, value)
+        _replace(stack, config, name, value)
 
 
-def _patch(stack: contextlib.ExitStack, module_name: str, name: str, value: Any) -> None:
-    """Replace a function of a module of transformers that is loaded and has it."""
-    module = sys.modules.get(f"transformers.{module_name}")
-    if module is not None and hasattr(module, name):
-        stack.callback(setattr, module, name, getattr(module, name))
-        setattr(module, name, value)
+def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute until the stack unwinds."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _patch(stack: contextlib.ExitStack, module_name: str, path: str, value: Any) -> None:
+    """Replace a function, or a class's method, of a module of transformers that is loaded."""
+    *classes, name = path.split(".")
+    owner = sys.modules.get(f"transformers.{module_name}")
+    for class_name in classes:
+        owner = getattr(owner, class_name, None)
+    if owner is not None and hasattr(owner, name):
+        _replace(stack, owner, name, value)
 
 
 def _grouped_linear(
@@ -98,6 +115,33 @@ def _compute_attention_span(
     if isinstance(length, torch.Tensor):  # while tracing
         return torch.clamp(length, max=max_relative_positions)
     return torch.tensor(min(length, max_relative_positions))
+
+
+def _lang_adapter(self: Any, lang_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """In place of `modeling_xmod.py::XmodOutput.lang_adapter`: 4.57 splits the batch by Python
+    numbers, and 5 gives adapters that this batch has no use for products of no rows."""
+    residual = hidden_states
+    if self.adapter_layer_norm is not None:
+        hidden_states = self.adapter_layer_norm(hidden_states)
+    elif self.adapter_reuse_layer_norm:
+        hidden_states = self.LayerNorm(hidden_states)
+    if self.ln_before_adapter:
+        residual = hidden_states
+    adapters, selected = self.adapter_modules.values(), lang_ids.long()[:, None]
+    adapted = experts.through_selected(adapters, hidden_states, selected).squeeze(1)
+    return self.dropout(adapted) + residual
+
+
+def _update_cos_sin_tables(
+    self: Any, x: torch.Tensor, seq_dimension: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of `modeling_esm.py::RotaryEmbedding._update_cos_sin_tables`, 4.57, which keeps the
+    tables of the last length: a trace would have them as constants."""
+    self._seq_len_cached = None  # the traced ones are not to be used again
+    positions = torch.arange(x.shape[seq_dimension], device=x.device).type_as(self.inv_freq)
+    angles = torch.outer(positions, self.inv_freq)
+    angles = torch.cat((angles, angles), dim=-1)[None, None]
+    return angles.cos(), angles.sin()
 
 
 def _broadcast_mask(
