@@ -207,6 +207,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if name in model.__dict__:
             delattr(model, name)
     del model.config.quantization_config
+    # Left on a model that was quantized in loading; transformers 4.57 can't write it to a file.
+    model.config.__dict__.pop("_pre_quantization_dtype", None)
 
 
 def _require_bitsandbytes() -> None:
