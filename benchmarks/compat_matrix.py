@@ -174,6 +174,7 @@ def main() -> int:
     rows: dict[str, dict[str, Any]] = {}
     if path.is_file():
         rows = {row["name"]: row for row in json.loads(path.read_text())["results"]}
+    sha, dirty = record.git_state()  # before the results are written
     for versions in SETS:
         if args.only and versions.name not in args.only:
             continue
@@ -183,7 +184,6 @@ def main() -> int:
         print(f"{versions.name}: installed in {time.perf_counter() - started:.0f} s", flush=True)
         if args.install_only:
             continue
-        sha, dirty = record.git_state()
         rows[versions.name] = {
             "name": versions.name,
             "python": ".".join(map(str, sys.version_info[:3])),
