@@ -28,7 +28,7 @@ class ORTOptimizerNames(ExplicitEnum):
     ADAMW_ORT_FUSED = "adamw_ort_fused"
 
 
-#: What transformers 5 calls arguments that scripts for Optimum's ORTTrainer still pass.
+#: What transformers 4.57 or 5 calls arguments that scripts for Optimum's ORTTrainer still pass.
 _RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
@@ -36,7 +36,7 @@ _RENAMED = {
     "push_to_hub_model_id": "hub_model_id",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "warmup_ratio": "warmup_steps",  # which takes a share of the steps, too
+    "warmup_ratio": "warmup_steps",  # which takes a share of the steps, too, from 5 on
 }
 #: Optimizers that transformers dropped, and what it took in their place.
 _RENAMED_OPTIMIZERS = {"adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused"}
@@ -169,13 +169,13 @@ class _BackendArguments:
         native = {each.name: each.default for each in fields(parent)}
         for old, new in _RENAMED.items():
             value = getattr(self, old) or None
-            if old in native:  # an older transformers, which knows the name itself
-                if value is None:
-                    setattr(self, old, native[old])
-            elif value is not None:
+            is_native = old in native  # of transformers before 5, which deprecates most of them
+            if value is not None and not (is_native and old == "warmup_ratio"):
                 _say_renamed(old, new)
                 setattr(self, new, value)
-                setattr(self, old, None)
+                value = None
+            if value is None:
+                setattr(self, old, native.get(old))
         arguments: Any = self
         if self.group_by_length and "group_by_length" not in native:
             _say_renamed("group_by_length", "train_sampling_strategy")

@@ -24,6 +24,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_test():
+    """TrainingArguments of transformers 4.57 leave a run's precision behind for the next one's."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.pop(name, None)
+    yield
+    os.environ.pop(name, None)
+    if before is not None:
+        os.environ[name] = before
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """Makes a seeded Llama of some 100k parameters; keywords are fields of its config."""

@@ -17,6 +17,7 @@ from ort_train import OrtOptions, wrap
 from ort_train.ortmodule import experts
 
 OPTIONS = OrtOptions(num_threads=1)
+MAJOR, MINOR = map(int, transformers.__version__.split(".")[:2])
 # Sums of some ten fp32 terms of order 1, added in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -133,17 +134,34 @@ def test_classes_are_as_before_after_an_export(model_type):
     assert all(kind.__dict__[name] is method for kind, name, method in methods)
 
 
+def test_a_class_derived_from_transformers_is_served():
+    """What it inherits is replaced where it is defined."""
+    from transformers.models.jetmoe import modeling_jetmoe
+
+    class Own(modeling_jetmoe.JetMoeTopKGating):
+        pass
+
+    (found,) = experts.replacements(Own(8, 4, 2), (MAJOR, MINOR))
+    assert (found.owner, found.name) == (modeling_jetmoe.JetMoeTopKGating, "forward")
+
+
 def test_only_what_looks_at_the_routing_in_python_is_replaced():
     """transformers 5 has forms of its own for all but JetMoe."""
     dense = architectures.make_model(architectures.find("llama"))
-    assert not list(experts.replacements(dense))
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        mixtral = architectures.make_model(architectures.find("mixtral"))
-        assert not list(experts.replacements(mixtral))
+    assert not list(experts.replacements(dense, (MAJOR, MINOR)))
+    for model_type in ("mixtral", "gpt_oss", "deepseek_v3"):
+        model = architectures.make_model(architectures.find(model_type))
+        assert bool(list(experts.replacements(model, (MAJOR, MINOR)))) == (MAJOR < 5)
     jetmoe = architectures.make_model(architectures.find("jetmoe"))
-    replaced = {(found.owner.__name__, found.name) for found in experts.replacements(jetmoe)}
+    replaced = {
+        (found.owner.__name__, found.name) for found in experts.replacements(jetmoe, (MAJOR, MINOR))
+    }
     assert replaced == {("JetMoeParallelExperts", "forward"), ("JetMoeTopKGating", "forward")}
-    gating = next(f for f in experts.replacements(jetmoe) if f.owner.__name__.endswith("Gating"))
+    gating = next(
+        f
+        for f in experts.replacements(jetmoe, (MAJOR, MINOR))
+        if f.owner.__name__.endswith("Gating")
+    )
     assert "tolist" in inspect.getsource(gating.owner.forward)
     part = next(p for p in jetmoe.modules() if type(p) is gating.owner)
     inputs = torch.randn(6, part.input_size)

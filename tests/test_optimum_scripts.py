@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import HfArgumentParser, default_data_collator
+import transformers
+from transformers import HfArgumentParser, TrainingArguments, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint, speed_metrics
 
 from ort_train import (
@@ -29,6 +30,7 @@ from ort_train import (
 from ort_train.errors import ConfigError
 
 MakeModel = Callable[..., Any]
+NATIVE = {each.name for each in fields(TrainingArguments)}
 
 
 @dataclass
@@ -118,6 +120,8 @@ def _settable(values: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_older_names(tmp_path: Path, old: dict[str, Any], new: str, value: Any):
+    if new not in NATIVE and set(old) <= NATIVE:
+        pytest.skip(f"transformers {transformers.__version__} has the older name alone: {old}")
     args = ORTTrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, **old})
     assert getattr(args, new) == value
 
@@ -131,6 +135,8 @@ def test_older_name_says_the_new_one(tmp_path: Path):
     "old", [{"save_safetensors": False}, {"half_precision_backend": "apex"}, {"past_index": 2}]
 )
 def test_what_transformers_dropped_is_refused_not_ignored(tmp_path: Path, old: dict[str, Any]):
+    if set(old) <= NATIVE:
+        pytest.skip(f"transformers {transformers.__version__} has it still: {old}")
     with pytest.raises(ConfigError, match="isn't supported any more"):
         ORTTrainingArguments(str(tmp_path), use_cpu=True, **old)
 

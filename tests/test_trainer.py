@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -363,9 +364,15 @@ def test_logs_carry_speed(tiny_llama: MakeModel, tmp_path: Path):
 
 
 def test_tensorboard(tiny_llama: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    ort_trainer(tiny_llama(), tmp_path, report_to=["tensorboard"], max_steps=2).train()
-    assert list((tmp_path / "board").glob("events.*"))
+    board = tmp_path / "board"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(board))
+    is_argument = any(each.name == "logging_dir" for each in fields(TrainingArguments))  # before 5
+    settings: dict[str, Any] = {"logging_dir": str(board)} if is_argument else {}
+    trainer = ort_trainer(
+        tiny_llama(), tmp_path, report_to=["tensorboard"], max_steps=2, **settings
+    )
+    trainer.train()
+    assert list(board.glob("events.*"))
 
 
 # --- the model outside of training ---

@@ -54,22 +54,25 @@ class Replacement(NamedTuple):
     function: Callable[..., Any]
 
 
-def replacements(module: torch.nn.Module) -> Iterator[Replacement]:
-    """What the mixtures of experts among a module's parts need."""
-    for kind in {type(part) for part in module.modules()}:
+def replacements(module: torch.nn.Module, version: tuple[int, int]) -> Iterator[Replacement]:
+    """What the mixtures of experts among a module's parts need.
+
+    Args:
+        version: of transformers, major and minor.
+    """
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
+    for kind in kinds:
         if not kind.__module__.startswith("transformers.models."):
             continue
-        if "expert_size" in _parameters(kind.__dict__.get("forward")):
+        forward = kind.__dict__.get("forward")
+        if "expert_size" in _parameters(forward):
             yield Replacement(kind, "forward", _parallel_experts)
-        elif kind.__name__ == "GptOssExperts" and "router_indices" in _parameters(kind.forward):
+        elif kind.__name__ == "GptOssExperts" and version < (5, 0):
             yield Replacement(kind, "forward", _gpt_oss_experts)
         elif {"topk_weights", "topk_weight"} & _parameters(kind.__dict__.get("moe")):
             yield Replacement(kind, "moe", _routed)
-        else:
-            forward = kind.__dict__.get("forward")
-            traceable = _traceable(forward) if forward is not None else None
-            if traceable is not None:
-                yield Replacement(kind, "forward", traceable)
+        elif forward is not None and (traceable := _traceable(forward)) is not None:
+            yield Replacement(kind, "forward", traceable)
 
 
 def _parameters(function: Callable[..., Any] | None) -> set[str]:

@@ -33,13 +33,11 @@ def export_scope(module: torch.nn.Module) -> Iterator[None]:
             # later); the grouped form sorts the tokens by expert, for any routing.
             _set(stack, config, "_experts_implementation_internal", "grouped_mm")
         _patch(stack, "integrations.moe", "_grouped_linear", _grouped_linear)
-        for replacement in experts.replacements(module):
+        for replacement in experts.replacements(module, _version()):
             _replace(stack, *replacement)
-        for modeling in {sys.modules[type(part).__module__] for part in module.modules()}:
-            for name, value in list(vars(modeling).items()):
-                if isinstance(value, torch.jit.ScriptFunction):
-                    # The exporter would meet its branches (of DeBERTa in 4.57) as branches.
-                    _replace(stack, modeling, name, value._torchdynamo_inline)
+        for name in {type(part).__module__ for part in module.modules()}:
+            if name.startswith("transformers.models."):
+                _unscript(stack, sys.modules[name])
         deberta = "models.deberta.modeling_deberta"
         _patch(stack, deberta, "compute_attention_span", _compute_attention_span)
         _patch(stack, "models.xmod.modeling_xmod", "XmodOutput.lang_adapter", _lang_adapter)
@@ -90,6 +88,14 @@ def _patch(stack: contextlib.ExitStack, module_name: str, path: str, value: Any)
         owner = getattr(owner, class_name, None)
     if owner is not None and hasattr(owner, name):
         _replace(stack, owner, name, value)
+
+
+def _unscript(stack: contextlib.ExitStack, module: Any) -> None:
+    """Have a module's scripted functions (DeBERTa's in 4.57) traced as the Python they are: what
+    they branch on would come to the exporter as branches, which have no gradient."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, torch.jit.ScriptFunction):
+            _replace(stack, module, name, value._torchdynamo_inline)  # set by torch.jit.script
 
 
 def _grouped_linear(
