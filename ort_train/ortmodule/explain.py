@@ -69,8 +69,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _summary(error: BaseException, text: str, operator: str | None) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     name = operator.split("::")[-1] if operator else ""
-    told = (line for line in lines if name in line and not line.startswith("File "))
-    line = next(told, "") if operator else ""
+    # Lines of code in a quoted traceback have the name alone.
+    told = (line for known in (operator, name) if known for line in lines if known in line)
+    line = next(told, "")
     line = _NOISE.sub("", line or (lines[-1] if lines else "")).strip()
     if not line:
         frames = traceback.extract_tb(error.__traceback__)
