@@ -211,6 +211,19 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
     diffusion.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     diffusion.set_defaults(run=_export_diffusion)
 
+    passes_bench = commands.add_parser(
+        "passes-bench",
+        help="measure what graph passes bring, against noise, eager and torch.compile",
+        description="Measure small models before and after each graph pass, with ONNX Runtime's "
+        "optimizations off and on, against eager PyTorch and torch.compile, in turns. The original "
+        "graph runs twice: below its distance from itself a difference means nothing.",
+    )
+    if command == "passes-bench":
+        from ort_train.inference import passes_bench as passes_bench_command
+
+        passes_bench_command.add_arguments(passes_bench)
+        passes_bench.set_defaults(run=passes_bench_command.main)
+
     quantize = commands.add_parser(
         "quantize",
         help="narrow an exported model's weights to 4, 8 or 16 bits, checked against fp32",

@@ -284,20 +284,21 @@ def assemble(
     Raises:
         RecordError: the sections are not those of a record.
     """
+    return validate({"schema": SCHEMA, **envelope(started_at, machine), **sections})
+
+
+def envelope(started_at: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What every kind of record says of how it came about; see `assemble`."""
     git_sha, git_dirty = git_state()
-    return validate(
-        {
-            "schema": SCHEMA,
-            "command": command(),
-            "started_at": started_at,
-            "machine": machine,
-            "versions": versions(),
-            "git_sha": git_sha,
-            "git_dirty": git_dirty,
-            "environment": thread_variables(),
-            **sections,
-        }
-    )
+    return {
+        "command": command(),
+        "started_at": started_at,
+        "machine": machine,
+        "versions": versions(),
+        "git_sha": git_sha,
+        "git_dirty": git_dirty,
+        "environment": thread_variables(),
+    }
 
 
 def write(record: Mapping[str, Any], path: str | Path) -> None:
