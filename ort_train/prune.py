@@ -72,15 +72,13 @@ def prune_folder(
         dense = load_model(config.model, samples.tokenizer, seed, block_size)
         model = load_model(config.model, samples.tokenizer, seed, block_size)
         layers = prune_model(model, pattern, sparsity, exclude)
-        readings = _read_in_turns([dense, model], samples)
-        stages = [("dense", dense, readings[0]), ("pruned", model, readings[1])]
         model.save_pretrained(staged)
         samples.tokenizer.save_pretrained(staged)
+        models = {"dense": dense, "pruned": model}
         if steps:
-            tuned = _tune(staged, steps, overrides)
-            readings = _read_in_turns([tuned], samples)
-            stages.append(("tuned", tuned, readings[0]))
-            tuned.save_pretrained(staged)
+            models["tuned"] = _tune(staged, steps, overrides)
+            models["tuned"].save_pretrained(staged)
+        readings = _read_in_turns(list(models.values()), samples)
         report = {
             "source": source.name,
             "pattern": pattern,
@@ -97,7 +95,7 @@ def prune_folder(
                     "perplexity": reading.perplexity,
                     "tokens_per_s": reading.tokens_per_s,
                 }
-                for stage, made, reading in stages
+                for (stage, made), reading in zip(models.items(), readings, strict=True)
             ],
             "layers": [asdict(layer) for layer in layers],
         }
