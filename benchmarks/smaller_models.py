@@ -1,9 +1,9 @@
 """What distillation and pruning do to perplexity: `python benchmarks/smaller_models.py`.
 
-Run where the quickstart was trained (runs/quickstart). The recipe quickstart_distill is trained with
-its teacher and without one, for equally many steps; the quickstart's model is pruned to 2 of each 4
-weights and to half of them, and trained on with the zeros kept. Writes smaller_models.json beside
-this file. Speeds aren't recorded: `ort-train bench` measures them.
+Run where the quickstart was trained (runs/quickstart). The recipe quickstart_distill is trained
+with its teacher and without one, for equally many steps; the quickstart's model is pruned to 2 of
+each 4 weights and to half of them, and trained on with the zeros kept. Writes smaller_models.json
+beside this file. Speeds aren't recorded: `ort-train bench` measures them.
 """
 
 from __future__ import annotations

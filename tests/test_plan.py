@@ -76,10 +76,11 @@ def test_four_bits_are_counted_where_they_are(architecture: str, targets: str) -
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    small = "num_attention_heads: 4, num_hidden_layers: 2"
     sizes = (
         "{n_embd: 64, n_layer: 2, n_head: 4}"
         if architecture == "gpt2"
-        else "{hidden_size: 64, intermediate_size: 128, num_attention_heads: 4, num_hidden_layers: 2}"
+        else f"{{hidden_size: 64, intermediate_size: 128, {small}}}"
     )
     overrides = [f"model.architecture={architecture}", f"model.config={sizes}"]
     overrides += ["adapter.method=qlora"]

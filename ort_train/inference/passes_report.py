@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ort_train.record import replacing
-from ort_train.report import COLORS, NONE, machine_line, versions_line
+from ort_train.report import COLORS, machine_line, versions_line
+from ort_train.report_views import NONE
 
 Record = Mapping[str, Any]
 Result = Mapping[str, Any]
