@@ -218,7 +218,7 @@ def build(
         samples.tokenizer,
         train.seed,
         config.data.block_size,
-        quantization.of_run(config),
+        quantization.of_run_here(config),
     )
     torch.manual_seed(train.seed)  # for the adapter's first weights
     model = apply_adapter(model, config.adapter)

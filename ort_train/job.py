@@ -81,7 +81,7 @@ def run(config: RunConfig) -> JobResult:
         samples.tokenizer,
         config.train.seed,
         config.data.block_size,
-        quantization.of_run(config),
+        quantization.of_run_here(config),
     )
     torch.manual_seed(config.train.seed)  # for the adapter's first weights, as in the benchmark
     model = apply_adapter(model, config.adapter)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .config import RunConfig
@@ -49,16 +49,22 @@ def of_run(config: RunConfig) -> Quantization | None:
     return Quantization(
         adapter.quant_type or "nf4",
         bool(adapter.double_quant),
-        adapter.compute_dtype or _compute_dtype(config),
+        adapter.compute_dtype or _DTYPES[config.train.precision],
     )
 
 
-def _compute_dtype(config: RunConfig) -> str:
+def of_run_here(config: RunConfig) -> Quantization | None:
+    """:func:`of_run`, as this machine's backend takes it.
+
+    On a CPU, ONNX Runtime decodes to fp32; its products are in train.precision all the same.
+    """
     import torch
 
-    # On a CPU, ONNX Runtime decodes to fp32; its products are in train.precision all the same.
+    quantization = of_run(config)
     is_ort_on_cpu = config.train.backend == "ort" and not torch.cuda.is_available()
-    return "float32" if is_ort_on_cpu else _DTYPES[config.train.precision]
+    if quantization is None or not is_ort_on_cpu or config.adapter.compute_dtype is not None:
+        return quantization
+    return replace(quantization, compute_dtype="float32")
 
 
 def unavailable_reason() -> str | None:

@@ -104,6 +104,16 @@ def test_settings_come_from_the_recipe():
     assert quantization.of_run(config) == Quantization(compute_dtype="float16")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA kernels take bf16")
+def test_onnxruntime_decodes_to_fp32_on_a_cpu():
+    """Its products are rounded to bf16 by themselves."""
+    config = with_adapter(method="qlora", precision="bf16")
+    assert quantization.of_run(config) == Quantization(compute_dtype="bfloat16")
+    assert quantization.of_run_here(config) == Quantization(compute_dtype="float32")
+    config = with_adapter(method="qlora", precision="bf16", compute_dtype="bfloat16")
+    assert quantization.of_run_here(config) == Quantization(compute_dtype="bfloat16")
+
+
 @pytest.mark.parametrize("method", ["none", "lora"])
 @pytest.mark.parametrize(
     "setting", [{"quant_type": "nf4"}, {"double_quant": False}, {"compute_dtype": "float32"}]
