@@ -49,7 +49,6 @@ MIXES_TOKENS = {
     "gpt_oss": "max",
     "diffllama": "Tile",
     "doge": "ReduceMax",
-    "xmod": "GatherND",
     "whisper": "embeds no input_ids",
 }  # fmt: skip
 
