@@ -91,7 +91,7 @@ def measure(name: str, backend: str, steps: int, threads: int) -> dict[str, Any]
         upstream.load()
     reset_peak()
     libraries = status_mib("VmRSS")
-    model, batches, _ = build(config, NUM_BATCHES)
+    model, batches, *_ = build(config, NUM_BATCHES)
     model.train()
     reset_peak()
     loaded = status_mib("VmRSS")

@@ -253,7 +253,8 @@ def check_gpu() -> Iterator[Check]:
         yield Check("GPU", "problem", detail, "nvidia-smi tells whether driver and GPU work")
     else:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Check("GPU", "ok", f"{', '.join(names)}; torch for CUDA {torch.version.cuda}")
+        detail = f"{', '.join(names)}; torch for CUDA {torch.version.cuda}"
+        yield Check("GPU", "ok", f"{detail}; unverified on GPUs so far: docs/gpu.md")
 
 
 def check_machine() -> Iterator[Check]:
