@@ -76,8 +76,10 @@ def measure(name: str, backend: str, steps: int, threads: int) -> dict[str, Any]
     from ort_train import wrap
     from ort_train.bench_worker import build
     from ort_train.ortmodule import OrtOptions, upstream
+    from ort_train.quantization import hush_kernel_notice
     from ort_train.recipes import load_recipe
 
+    hush_kernel_notice()
     torch.set_num_threads(threads)
     case = CASES[name]
     config = load_recipe(case.recipe, list(case.overrides))

@@ -25,6 +25,12 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def say(line: str) -> None:
+    """Print a line once a launch."""
+    if is_main_process():
+        print(line, flush=True)
+
+
 def local_world_size() -> int:
     """Ranks on this machine: torchrun says it in LOCAL_WORLD_SIZE, DeepSpeed in LOCAL_SIZE."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):

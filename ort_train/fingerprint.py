@@ -89,8 +89,10 @@ def _base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if not hasattr(model, "peft_config"):
         yield from model.named_parameters()
         return
+    # Of the adapter's weights within the base; learned prompts stand outside of it.
+    prefix = getattr(model.base_model, "prefix", None)
     for name, parameter in model.get_base_model().named_parameters():
-        if parameter.requires_grad or model.base_model.prefix in name:
+        if parameter.requires_grad or (prefix and prefix in name):
             continue
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ort_train import checkpoints, distributed, quantization
-from ort_train.config import RunConfig, to_yaml
-from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
+from ort_train import checkpoints, distributed, quantization, run_folder
+from ort_train.config import RunConfig
+from ort_train.errors import ConfigError, NonFiniteLossError
 from ort_train.record import replacing
 
 if TYPE_CHECKING:
@@ -20,20 +20,13 @@ if TYPE_CHECKING:
     from ort_train.samples import Samples
     from ort_train.trainer import ORTTrainer
 
-CONFIG_FILE = "config.yaml"
-RECORD_FILE = "record.json"
-CHART_FILE = "speed.png"
-CURVE_FILE = "training.png"
-PAGE_FILE = "report.html"
-MODEL_FOLDER = "model"
-
 
 @dataclass(frozen=True)
 class JobResult:
     """What a job leaves behind.
 
     Attributes:
-        output_dir: holds the files named by this module's constants.
+        output_dir: holds the files named by the constants of run_folder.py.
         perplexity: of the evaluation text, exp of the mean loss per token.
         record: the benchmark record of the baselines, with a section `training`.
     """
@@ -59,7 +52,7 @@ def run(config: RunConfig) -> JobResult:
     distributed.share_cores()
     check(config)
     distributed.check_port()
-    resume_from = prepare_output(config)
+    resume_from = run_folder.prepare(config)
     is_main = distributed.is_main_process()
     out = config.output_dir
 
@@ -75,7 +68,7 @@ def run(config: RunConfig) -> JobResult:
     transformers_logging.set_verbosity_error()  # its hints are about code, not about this run
     transformers_logging.disable_progress_bar()  # the job has a bar of its own
     samples = make_samples(config.data, config.model)
-    _say(f"data: {samples.source}")
+    distributed.say(f"data: {samples.source}")
     model = load_model(
         config.model,
         samples.tokenizer,
@@ -89,14 +82,14 @@ def run(config: RunConfig) -> JobResult:
     if config.distill.teacher is not None:
         distiller = load_distiller(config, samples.tokenizer, model)
     trainable, total = trainable_summary(model)
-    _say(
+    distributed.say(
         f"model: {type(model).__name__}, {total:,} parameters, {trainable:,} trained; "
         f"{len(samples.train):,} training and {len(samples.evaluation or ()):,} evaluation samples "
         f"of {config.data.block_size} tokens"
     )
     if distiller is not None:
         num_parameters = sum(p.numel() for p in distiller.teacher.parameters())
-        _say(
+        distributed.say(
             f"teacher: {type(distiller.teacher).__name__}, {num_parameters:,} parameters, frozen; "
             f"temperature {distiller.temperature:g}, alpha {distiller.alpha:g}"
         )
@@ -160,97 +153,6 @@ def check(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def prepare_output(config: RunConfig) -> str | None:
-    """Make or check the run's folder, and write the config into it.
-
-    Returns:
-        The checkpoint to resume from, or None.
-
-    Raises:
-        CheckpointError: where it holds another run and neither overwriting nor resuming is asked
-            for, can't be written to, or can't be resumed as this config.
-    """
-    out, output = config.output_dir, config.output
-    resume_from = None
-    if output.resume not in ("none", "auto"):
-        resume_from = output.resume
-        if not Path(resume_from).is_dir():
-            raise CheckpointError(
-                f"output.resume {resume_from!r} is not a folder: name a checkpoint-N folder, or "
-                "auto for the newest one"
-            )
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"output.dir {str(out)!r} is a file: name a folder")
-    if distributed.is_main_process():
-        # A run that failed before it made anything has left its config alone.
-        occupied = out.is_dir() and any(path.name != CONFIG_FILE for path in out.iterdir())
-        if occupied and output.resume == "auto":
-            _check_same_run(config, out)
-            found = checkpoints.list_checkpoints(out)
-            resume_from = str(found[-1]) if found else None
-            _say(f"resuming from {resume_from}" if found else "no checkpoint yet: starting anew")
-        elif occupied and resume_from is None:
-            if not output.overwrite:
-                raise CheckpointError(
-                    f"output.dir {str(out)!r} holds another run: continue it with "
-                    "output.resume=auto, replace it with output.overwrite=true, or name another "
-                    "folder with output.dir=..."
-                )
-            _remove_run(out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with replacing(out / CONFIG_FILE) as file:
-                file.write_text(to_yaml(config), encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(
-                f"output.dir {str(out)!r} can't be written to ({error.strerror}): name another "
-                "folder with output.dir=..."
-            ) from error
-    elif output.resume == "auto":
-        found = checkpoints.list_checkpoints(out)
-        resume_from = str(found[-1]) if found else None
-    return resume_from
-
-
-def _check_same_run(config: RunConfig, out: Path) -> None:
-    """A resumed run must train the same thing: model, data, adapter."""
-    from ort_train.recipes import load_recipe
-
-    file = out / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"output.dir {str(out)!r} has no {CONFIG_FILE}, so it is no run of ort_train: name "
-            "another folder with output.dir=..."
-        )
-    before = load_recipe(file)
-    changed = [
-        f"{section}.{key} was {old!r}, is {getattr(getattr(config, section), key)!r}"
-        for section in ("model", "data", "adapter", "distill")
-        for key, old in getattr(before, section)
-        if old != getattr(getattr(config, section), key)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"output.dir {str(out)!r} holds a run of something else ({'; '.join(changed)}): "
-            "resume with the same settings, or name another folder with output.dir=..."
-        )
-
-
-def _remove_run(out: Path) -> None:
-    """Remove what a run wrote, and nothing that somebody else put there."""
-    ours = [CONFIG_FILE, RECORD_FILE, CHART_FILE, CURVE_FILE, PAGE_FILE]
-    if not (out / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"output.dir {str(out)!r} has no {CONFIG_FILE}, so it is no run of ort_train and "
-            "isn't overwritten: name another folder with output.dir=..."
-        )
-    for name in ours:
-        (out / name).unlink(missing_ok=True)
-    folders = [MODEL_FOLDER, "last_finite_weights", checkpoints.STAGING_FOLDER]
-    for folder in [*(out / name for name in folders), *out.glob("checkpoint-*")]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _measure(config: RunConfig) -> dict[str, Any]:
     """The run's backend and the baselines on this run's model and first batches."""
     from ort_train.bench_run import Case
@@ -259,7 +161,9 @@ def _measure(config: RunConfig) -> dict[str, Any]:
     backend, precision = config.train.backend, config.train.precision
     own = list(BACKENDS) if backend == "auto" else [backend]
     names = list(dict.fromkeys([*config.measure.baselines, *own]))
-    _say(f"measuring {', '.join(names)} on the first batches, in turns, each in its own process")
+    distributed.say(
+        f"measuring {', '.join(names)} on the first batches, in turns, each in its own process"
+    )
     measure = config.measure
     return run_benchmark(
         config,
@@ -371,13 +275,13 @@ def _train(trainer: ORTTrainer, resume_from: str | None, out: Path) -> None:
 
 def _save_model(trainer: ORTTrainer, tokenizer: Any, out: Path) -> None:
     """Model (or adapter) and tokenizer, as one folder that is whole or not there."""
-    staged = out / checkpoints.STAGING_FOLDER / MODEL_FOLDER
+    staged = out / checkpoints.STAGING_FOLDER / run_folder.MODEL_FOLDER
     checkpoints.check_room(out, checkpoints.required_bytes(trainer.model, with_optimizer=False))
     trainer.save_model(str(staged))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         tokenizer.save_pretrained(staged)
-        checkpoints.publish(staged, out / MODEL_FOLDER)
+        checkpoints.publish(staged, out / run_folder.MODEL_FOLDER)
         shutil.rmtree(staged.parent, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
@@ -406,29 +310,25 @@ def _report(
     }
     if record is not None:
         record["training"] = training
-        write(record, out / RECORD_FILE)
+        write(record, out / run_folder.RECORD_FILE)
         report.show(record)
-        report.plot(record, out / CHART_FILE)
-        report.html(record, out / PAGE_FILE)
+        report.plot(record, out / run_folder.CHART_FILE)
+        report.html(record, out / run_folder.PAGE_FILE)
     else:
-        with replacing(out / RECORD_FILE) as file:
+        with replacing(out / run_folder.RECORD_FILE) as file:
             file.write_text(json.dumps({"training": training}, indent=1), encoding="utf-8")
-    curves.plot(trainer.state.log_history, out / CURVE_FILE, title=config.name)
+    curves.plot(trainer.state.log_history, out / run_folder.CURVE_FILE, title=config.name)
     speed = trainer.speed.summary()
     if speed:
         tokens = f", {speed['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in speed else ""
-        _say(f"training: {speed['it_per_s']:.2f} it/s{tokens} over the whole run")
-    _say(f"evaluation: loss {eval_loss:.4f}, perplexity {perplexity:.1f}")
-    files = [name for name in (CHART_FILE, CURVE_FILE, PAGE_FILE) if (out / name).is_file()]
-    _say(f"saved in {out}: {MODEL_FOLDER}/, {RECORD_FILE}, {', '.join(files)}")
+        distributed.say(f"training: {speed['it_per_s']:.2f} it/s{tokens} over the whole run")
+    distributed.say(f"evaluation: loss {eval_loss:.4f}, perplexity {perplexity:.1f}")
+    pictures = (run_folder.CHART_FILE, run_folder.CURVE_FILE, run_folder.PAGE_FILE)
+    files = [run_folder.RECORD_FILE, *(name for name in pictures if (out / name).is_file())]
+    distributed.say(f"saved in {out}: {run_folder.MODEL_FOLDER}/, {', '.join(files)}")
 
 
 def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _say(line: str) -> None:
-    if distributed.is_main_process():
-        print(line, flush=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoints, fingerprint, quantization
 from .config import RunConfig
 from .errors import CheckpointError, ModelError
-from .job import CONFIG_FILE, MODEL_FOLDER
 from .recipes import load_recipe
+from .run_folder import CONFIG_FILE, MODEL_FOLDER
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -121,13 +121,13 @@ def _tune(folder: Path, steps: int, overrides: Sequence[str]) -> Any:
     """The pruned model after training in which its zeros stay."""
     from transformers import AutoModelForCausalLM
 
-    from ort_train import job
+    from ort_train import job, run_folder
 
     with tempfile.TemporaryDirectory(prefix="ort_train-prune-") as run:
         config = _config(folder, steps, overrides, out=str(Path(run) / "run"))
         result = job.run(config)
         return AutoModelForCausalLM.from_pretrained(
-            result.output_dir / job.MODEL_FOLDER, dtype=config.model.dtype
+            result.output_dir / run_folder.MODEL_FOLDER, dtype=config.model.dtype
         )
 
 

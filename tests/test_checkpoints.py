@@ -263,6 +263,37 @@ def test_adapter_checkpoints(tiny_llama: MakeModel, checkpoint: Path, tmp_path: 
         resume(tiny_llama(), own, tmp_path / "full")
 
 
+@pytest.mark.parametrize("kind", ["modules_to_save", "bias", "ia3", "prompt"])
+def test_checkpoints_of_other_adapters(kind: str, tiny_llama: MakeModel, tmp_path: Path):
+    """What is trained beside LoRA's own weights, and adapters that are none of LoRA's."""
+    import peft
+
+    def adapted(seed: int = 0, **fields: Any) -> Any:
+        model = tiny_llama(seed=seed, **fields)
+        common = {"task_type": "CAUSAL_LM"}
+        configs = {
+            "modules_to_save": lambda: peft.LoraConfig(
+                r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], **common
+            ),
+            "bias": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], bias="all", **common),
+            "ia3": lambda: peft.IA3Config(
+                target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **common
+            ),
+            "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=4, **common),
+        }
+        return peft.get_peft_model(model, configs[kind]())
+
+    trained = adapted(attention_bias=kind == "bias")
+    trainer_for(trained, tmp_path / "run", max_steps=1).train()
+    own = tmp_path / "run" / "checkpoint-1"
+    checkpoints.verify(own, adapted(attention_bias=kind == "bias"))
+    with pytest.raises(CheckpointError, match="trained beside another base"):
+        checkpoints.verify(own, adapted(seed=1, attention_bias=kind == "bias"))
+    with pytest.raises(CheckpointError, match="of another model"):
+        checkpoints.verify(own, adapted(hidden_size=32, attention_bias=kind == "bias"))
+    resume(adapted(attention_bias=kind == "bias"), own, tmp_path / "run")
+
+
 def test_list_ignores_what_is_no_whole_checkpoint(tmp_path: Path):
     for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "checkpoint-11"):
         (tmp_path / name).mkdir()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ort_train import ORTTrainer, ORTTrainingArguments, OrtOptions, quantization, unwrap, wrap
+from ort_train import OrtOptions, ORTTrainer, ORTTrainingArguments, quantization, unwrap, wrap
 from ort_train.adapters import apply_adapter
 from ort_train.config import AdapterConfig
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ort_train import job
+from ort_train import job, run_folder
 from ort_train.config import RunConfig
 from ort_train.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from ort_train.recipes import load_recipe
@@ -121,7 +121,7 @@ def test_options_of_a_backend_that_is_not_used(tmp_path: Path):
 def finished(tmp_path: Path) -> Path:
     """A folder that looks like a run's, made without training."""
     out = tmp_path / "run"
-    job.prepare_output(tiny(out))
+    run_folder.prepare(tiny(out))
     (out / "model").mkdir()
     (out / "model" / "model.safetensors").write_bytes(b"weights of two weeks")
     return out
@@ -136,7 +136,7 @@ def test_another_run_is_not_touched(finished: Path):
 def test_overwrite_removes_the_run_and_nothing_else(finished: Path):
     (finished / "notes.txt").write_text("mine")
     (finished / "checkpoint-5").mkdir()
-    assert job.prepare_output(tiny(finished, "output.overwrite=true")) is None
+    assert run_folder.prepare(tiny(finished, "output.overwrite=true")) is None
     assert names(finished) == {"config.yaml", "notes.txt"}
 
 
@@ -144,7 +144,7 @@ def test_folder_of_somebody_else_is_not_overwritten(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("mine")
     for wish in ("output.overwrite=true", "output.resume=auto"):
         with pytest.raises(CheckpointError, match="is no run of ort_train"):
-            job.prepare_output(tiny(tmp_path, wish))
+            run_folder.prepare(tiny(tmp_path, wish))
     assert names(tmp_path) == {"thesis.tex"}
 
 
@@ -153,7 +153,7 @@ def test_run_that_failed_before_it_wrote_anything_is_no_run(tmp_path: Path):
     empty.mkdir()
     with pytest.raises(DataError):
         job.run(tiny(out, "data.source=folder", f"data.folder={empty}"))
-    assert job.prepare_output(tiny(out)) is None  # the same command, mended
+    assert run_folder.prepare(tiny(out)) is None  # the same command, mended
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_run_that_failed_before_it_wrote_anything_is_no_run(tmp_path: Path):
 )
 def test_resume_auto_of_something_else(finished: Path, change: str, match: str):
     with pytest.raises(CheckpointError, match=match):
-        job.prepare_output(tiny(finished, "output.resume=auto", change))
+        run_folder.prepare(tiny(finished, "output.resume=auto", change))
 
 
 def test_resume_auto_takes_the_newest_whole_checkpoint(finished: Path):
@@ -174,12 +174,12 @@ def test_resume_auto_takes_the_newest_whole_checkpoint(finished: Path):
         (finished / name).mkdir()
     for name in ("checkpoint-2", "checkpoint-10"):
         (finished / name / "trainer_state.json").write_text("{}")
-    chosen = job.prepare_output(tiny(finished, "output.resume=auto", "train.max_steps=3"))
+    chosen = run_folder.prepare(tiny(finished, "output.resume=auto", "train.max_steps=3"))
     assert chosen == str(finished / "checkpoint-10")
 
 
 def test_resume_auto_without_a_run_starts_anew(tmp_path: Path):
-    assert job.prepare_output(tiny(tmp_path / "new", "output.resume=auto")) is None
+    assert run_folder.prepare(tiny(tmp_path / "new", "output.resume=auto")) is None
 
 
 def test_resume_from_no_folder(tmp_path: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ort_train import job
+from ort_train import job, run_folder
 from ort_train.recipes import list_recipes, load_recipe, state_gib
 
 RECIPES = {info.name: info for info in list_recipes()}
@@ -80,13 +80,13 @@ def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
     ]
     result = job.run(load_recipe(name, overrides, tiny=True))
     assert math.isfinite(result.perplexity)
-    saved = {path.name for path in (tmp_path / job.MODEL_FOLDER).iterdir()}
+    saved = {path.name for path in (tmp_path / run_folder.MODEL_FOLDER).iterdir()}
     if RECIPES[name].method == "none":
         assert {"config.json", "model.safetensors"} <= saved
     else:
         assert {"adapter_config.json", "adapter_model.safetensors"} <= saved
         assert "model.safetensors" not in saved
-    record = json.loads((tmp_path / job.RECORD_FILE).read_text())
+    record = json.loads((tmp_path / run_folder.RECORD_FILE).read_text())
     assert record["training"]["backend"] == "ort"
     assert record["training"]["steps"] == 3
 

@@ -108,6 +108,7 @@ def under_zero(folder: Path) -> dict[str, Any]:
     cases = {
         **CASES,
         "eager": {"backend": "eager"},
+        "compile": {"backend": "compile"},
         "zero1": {"deepspeed": "zero1"},
         "zero2_offload": {"deepspeed": "zero2_offload"},
         **{name: {**case, "save_steps": 10} for name, case in INTERRUPTED.items()},
@@ -126,7 +127,7 @@ def under_ddp(folder: Path) -> dict[str, Any]:
     return launch(folder / "ddp", cases, num_ranks=2)
 
 
-@pytest.mark.parametrize("case", [*CASES, "eager", "zero1", "zero2_offload"])
+@pytest.mark.parametrize("case", [*CASES, "eager", "compile", "zero1", "zero2_offload"])
 def test_zero_trains_as_one_process_does(
     case: str, under_zero: dict[str, Any], alone: dict[str, Any]
 ) -> None:

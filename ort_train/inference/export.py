@@ -26,7 +26,7 @@ from ort_train.inference.folder import (
     staged,
     write_info,
 )
-from ort_train.job import CONFIG_FILE, MODEL_FOLDER
+from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
