@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ort_train.errors import ExportError
 from ort_train.inference.engines import ENGINES
-from ort_train.job import CONFIG_FILE, MODEL_FOLDER
 from ort_train.record import PACKAGE_ROOT, replacing
+from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
 _SOURCE_FILE = "source.json"
 
