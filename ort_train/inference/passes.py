@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ort_train.errors import ConfigError, ModelError
 from ort_train.inference import onnx_files
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
     from onnxruntime import InferenceSession
 
 #: Passes whose result is another model, or one that its callers can't call any more.
@@ -114,7 +114,10 @@ def available() -> list[str]:
 
 
 def optimize(
-    source: str | Path, names: Sequence[str], sizes: Mapping[str, int] | None = None
+    source: str | Path,
+    names: Sequence[str],
+    sizes: Mapping[str, int] | None = None,
+    max_inline_bytes: int | None = None,
 ) -> Optimized:
     """Apply passes to a model in memory: each to the original, and all of them in a row.
 
@@ -122,6 +125,7 @@ def optimize(
         source: an .onnx file, or a folder that holds model.onnx; of any size.
         names: of the passes, in the order of their application.
         sizes: of the inputs' symbolic dimensions, for the comparison on random inputs.
+        max_inline_bytes: of a model whose weights the passes see; None: what protobuf can hold.
 
     Raises:
         ConfigError: names that are no passes, or passes that yield another model.
@@ -129,11 +133,15 @@ def optimize(
     """
     check_names(names)
     file = onnx_files.model_file(source)
-    graph = _Graph(file, dict(sizes or {}))
+    if max_inline_bytes is None:
+        max_inline_bytes = onnx_files.MAX_INLINE_BYTES
+    graph = _Graph(file, dict(sizes or {}), max_inline_bytes)
     names = tuple(dict.fromkeys(names))
-    singly = [graph.report((name,), graph.apply((name,))) for name in names]
     after = graph.apply(names)
-    together = singly[0] if len(names) == 1 else graph.report(names, after)
+    together = graph.report(names, after)
+    singly = [together]
+    if len(names) > 1:
+        singly = [graph.report((name,), graph.apply((name,))) for name in names]
     return Optimized(graph.original, after, singly, together, frozenset(graph.weights))
 
 
@@ -149,7 +157,7 @@ def save(optimized: Optimized, source: str | Path, file: Path) -> None:
     original = onnx_files.read_graph(source)
     own = {tensor.name: tensor for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in optimized.weights]
-    used = {name for node in model.graph.node for name in node.input}
+    used = set(_read_names(model.graph))
     outer = [
         tensor
         for tensor in original.graph.initializer
@@ -159,6 +167,16 @@ def save(optimized: Optimized, source: str | Path, file: Path) -> None:
     model.graph.input.extend(inputs)
     onnx_files.replace_initializers(model, [*own.values(), *outer])
     onnx_files.write_model(model, file, source.parent)
+
+
+def _read_names(graph: GraphProto) -> Iterator[str]:
+    """Whatever nodes read, those inside If and Loop among them."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _read_names(inner)
+                yield from (value.name for value in inner.output)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -183,26 +201,26 @@ def check_names(names: Sequence[str]) -> None:
 class _Graph:
     """A model that passes are applied to, and its outputs on random inputs."""
 
-    def __init__(self, file: Path, sizes: dict[str, int]):
+    def __init__(self, file: Path, sizes: dict[str, int], max_inline_bytes: int):
         from onnx import inliner
 
         self.file = file
         model = onnx_files.read_graph(file)
         if model.functions:  # onnxoptimizer drops them, and calls of them stay behind
             model = inliner.inline_local_functions(model)
-        self.weights = self._take_weights(model)
+        self.weights = self._take_weights(model, max_inline_bytes)
         self.original = model
         self.sizes = sizes
         # Of two shapes: a pass may have taken the first one's for the only one.
         self._trials: list[_Trial] = []
 
-    def _take_weights(self, model: ModelProto) -> dict[str, np.ndarray]:
+    def _take_weights(self, model: ModelProto, max_inline_bytes: int) -> dict[str, np.ndarray]:
         """Load the weights into the model, or make inputs of the large ones."""
         from onnx import helper, numpy_helper
 
         folder, tensors = self.file.parent, model.graph.initializer
         total = model.ByteSize() + sum(map(onnx_files.tensor_bytes, tensors))
-        fits = total < onnx_files.MAX_INLINE_BYTES
+        fits = total < max_inline_bytes
         inner, outer = [], {}
         for tensor in tensors:
             array = onnx_files.read_array(tensor, folder)

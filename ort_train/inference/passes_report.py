@@ -89,7 +89,7 @@ def title(record: Record, result: Result) -> str:
     return (
         f"{result['model']}, {protocol['num_layers']} layers, hidden {result['hidden']}, "
         f"{result['heads']} heads, {protocol['batch_size']} x {protocol['seq_len']} tokens, "
-        f"{protocol['repeats']} runs"
+        f"{result['repeats']} runs"
     )
 
 
@@ -133,10 +133,11 @@ def plot(record: Record, path: str | Path) -> None:
             axes.margins(x=0.15)
             axes.legend(fontsize=7, frameon=False)
     protocol, machine = record["protocol"], record["machine"]
+    runs = " to ".join(map(str, sorted({result["repeats"] for result in record["results"]})))
     figure.supxlabel(
         f"{machine['cpu']}, {machine['threads'] or machine['cores']} threads; "
         f"{protocol['batch_size']} x {protocol['seq_len']} tokens; medians of "
-        f"{protocol['repeats']} runs, whiskers p20 to p80 of {protocol['rounds']} rounds",
+        f"{runs} runs, whiskers p20 to p80 of their rounds",
         fontsize=8, color="#606060", x=0.01, ha="left",
     )  # fmt: skip
     with replacing(path) as temporary:
