@@ -25,6 +25,7 @@ from ort_train.ortmodule import (
     sparsity,
     symbolics,
     transformers_compat,
+    triton_kernels,
     upstream,
 )
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
@@ -369,6 +370,8 @@ class Engine:
         """An ORTModule around the graph module, with the session's threads set."""
         if not self._is_on_cpu:
             cuda.preload()
+        if options.triton:
+            triton_kernels.prepare(options.triton_debug)
         ortmodule = upstream.load()
         debug = ortmodule.DebugOptions(
             log_level=ortmodule.LogLevel[options.log_level.upper()],

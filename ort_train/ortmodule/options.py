@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ort_train.errors import ConfigError
+from ort_train.ortmodule import triton_fusion
 
 LogLevelName = Literal["verbose", "info", "warning", "error", "fatal"]
 _LOG_LEVELS = ("verbose", "info", "warning", "error", "fatal")
@@ -72,6 +73,7 @@ class OrtOptions:
     conv_algo_search: Literal["heuristic", "exhaustive"] = "heuristic"
     #: Fuse elementwise operators into Triton kernels (CUDA only).
     triton: bool = False
+    #: What may be fused: a file that `triton_fusion.FusionConfig` writes.
     triton_config: str | None = None
     triton_debug: bool = False
     #: Measure GPU kernels' variants online (CUDA/ROCm only), for at most this long.
@@ -127,6 +129,8 @@ class OrtOptions:
             path = paths.get(name)
             if path is not None and not Path(path).is_file():
                 yield f"{name}={path!r} is not a file"
+            elif path is not None and name == "triton_config":
+                yield from triton_fusion.config_problems(path)
         if self.recompute_config is not None and self.recompute != "none":
             yield "recompute and recompute_config exclude each other: give one of them"
         for name in (
