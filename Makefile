@@ -9,11 +9,12 @@ RECIPE ?= quickstart
 # More of the command line: make train ARGS="train.max_steps=50 output.overwrite=true"
 ARGS ?=
 
-.PHONY: help setup train test lint format bench doctor clean
+.PHONY: help setup train test test-triton lint format bench doctor clean
 
 help:
 	@echo "make train [RECIPE=quickstart] [ARGS=...]  set up, then train a recipe and report"
 	@echo "make test                                  set up, then run the tests"
+	@echo "make test-triton                           Triton's kernels, interpreted and compiled (248 MB more)"
 	@echo "make bench RECIPE=... [ARGS=...]           measure a recipe over the backends"
 	@echo "make doctor                                what is installed, what is wrong"
 	@echo "make lint | format | clean"
@@ -34,6 +35,11 @@ train: setup
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+# Beside the packages of .venv, not among them: nothing else needs Triton on a machine without a GPU.
+test-triton: setup
+	@test -d $(VENV)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton -c constraints.txt triton
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_triton_fusion.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

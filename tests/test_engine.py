@@ -983,8 +983,10 @@ def test_autocast_is_refused(tiny_llama: MakeModel):
 
 def test_options_that_the_device_cannot_honour(tiny_llama: MakeModel):
     model = tiny_llama()
-    with pytest.raises(ConfigError, match=r"(?s)triton works on CUDA.*flash_attention works on"):
-        wrap(model, backend="ort", options=OrtOptions(triton=True, flash_attention=True))
+    with pytest.raises(
+        ConfigError, match=r"(?s)fusion='triton' works on CUDA.*flash_attention=True works on"
+    ):
+        wrap(model, backend="ort", options=OrtOptions(fusion="triton", flash_attention=True))
     assert taken_over(model) is None
 
 

@@ -104,7 +104,7 @@ def test_qlora(tiny_llama: MakeModel, double_quant: bool) -> None:
     "options",
     [
         {"recompute": "layerwise"},
-        {"triton": True},
+        {"fusion": "triton"},
         {"aten_sdpa": True},
         {"efficient_attention": True},
         {"tuning": True},

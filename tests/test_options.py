@@ -73,7 +73,7 @@ def test_all_problems_at_once():
         ({"save_onnx": True, "onnx_prefix": ""}, "onnx_prefix is empty"),
         ({"save_onnx_path": "x"}, "save_onnx_path is given but save_onnx is off"),
         ({"tuning_results_path": "x"}, "tuning_results_path is given but tuning is off"),
-        ({"triton_debug": True}, "triton_debug is given but triton is off"),
+        ({"triton_debug": True}, "triton_debug is given but fusion is 'none'"),
         ({"mem_efficient_grad_management": True}, "needs ORTModule's compiled extensions"),
         ({"allow_autograd_checkpoint": True}, "needs ORTModule's compiled extensions"),
     ],
@@ -101,19 +101,19 @@ def test_parse_names_near_options_and_keeps_the_other_problems():
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "value"),
     [
-        "triton",
-        "tuning",
-        "flash_attention",
-        "efficient_attention",
-        "aten_sdpa",
+        ("fusion", "triton"),
+        ("tuning", True),
+        ("flash_attention", True),
+        ("efficient_attention", True),
+        ("aten_sdpa", True),
     ],
 )
-def test_options_for_cuda_only_are_refused_on_cpu(name: str):
-    options = OrtOptions(**{name: True}, compiled_extensions=True)
+def test_options_for_cuda_only_are_refused_on_cpu(name: str, value: Any):
+    options = OrtOptions(**{name: value}, compiled_extensions=True)
     (problem,) = options.device_problems("cpu")
-    assert problem.startswith(f"{name} works on CUDA devices only")
+    assert problem.startswith(f"{name}={value!r} works on CUDA devices only")
     assert options.device_problems("cuda") == []
 
 

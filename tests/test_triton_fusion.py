@@ -32,9 +32,7 @@ from ort_train.ortmodule.triton_fusion import (
 )
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON, reason="needs Triton (248 MB): pip install -e '.[triton]' -c constraints.txt"
-)
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton (248 MB): make test-triton")
 BATCH, TOKENS = 2, 6
 _SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -251,7 +249,7 @@ def test_a_written_config_is_read_back(tmp_path: Path):
     path = config.write(tmp_path / "triton.json")
     assert read_config(path) == config
     assert [file.name for file in tmp_path.iterdir()] == ["triton.json"]
-    assert OrtOptions(triton=True, triton_config=str(path)).triton_config == str(path)
+    assert OrtOptions(fusion="triton", triton_config=str(path)).triton_config == str(path)
 
 
 def test_all_problems_of_a_config_at_once(tmp_path: Path):
@@ -272,7 +270,7 @@ def test_all_problems_of_a_config_at_once(tmp_path: Path):
         )
     )
     with pytest.raises(ConfigError) as caught:
-        OrtOptions(triton=True, triton_config=str(path))
+        OrtOptions(fusion="triton", triton_config=str(path))
     problems = "\n".join(caught.value.problems)
     for expected in (
         "no Triton kernel can be generated of 'Tan'",
@@ -290,15 +288,15 @@ def test_a_config_that_is_no_json(tmp_path: Path):
     path = tmp_path / "triton.json"
     path.write_text("{")
     with pytest.raises(ConfigError, match="can't be read as JSON"):
-        OrtOptions(triton=True, triton_config=str(path))
+        OrtOptions(fusion="triton", triton_config=str(path))
 
 
 # --- where it can't run ---
 
 
 def test_without_a_gpu_it_is_refused():
-    with pytest.raises(ConfigError, match="triton works on CUDA devices only"):
-        wrap(torch.nn.Linear(2, 2), backend="ort", options=OrtOptions(triton=True))
+    with pytest.raises(ConfigError, match="fusion='triton' works on CUDA devices only"):
+        wrap(torch.nn.Linear(2, 2), backend="ort", options=OrtOptions(fusion="triton"))
 
 
 def test_without_triton_it_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -416,7 +414,7 @@ def test_a_step_on_a_gpu_is_the_eager_step(tmp_path: Path, monkeypatch: pytest.M
     for backend in ("eager", "ort"):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).cuda().train()
-        options = OrtOptions(triton=True, triton_debug=True) if backend == "ort" else None
+        options = OrtOptions(fusion="triton", triton_debug=True) if backend == "ort" else None
         wrap(model, backend=backend, options=options)
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         gradients[backend] = {n: p.grad for n, p in model.named_parameters()}

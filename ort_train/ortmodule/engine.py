@@ -370,7 +370,7 @@ class Engine:
         """An ORTModule around the graph module, with the session's threads set."""
         if not self._is_on_cpu:
             cuda.preload()
-        if options.triton:
+        if options.fusion == "triton":
             triton_kernels.prepare(options.triton_debug)
         ortmodule = upstream.load()
         debug = ortmodule.DebugOptions(

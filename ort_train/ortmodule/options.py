@@ -25,6 +25,7 @@ _RECOMPUTE_LEVELS = {"none": 0, "layerwise": 1, "layerwise_compromised": 2}
 _PATHS = ("recompute_config", "triton_config", "tuning_results_path", "save_onnx_path")
 _CONV_SEARCHES = ("heuristic", "exhaustive")
 _PRODUCTS = ("auto", "onednn", "onnxruntime")
+_FUSIONS = ("none", "triton")
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class OrtOptions:
     deepcopy_before_export: bool = False
     onnx_opset_version: int = 17
     conv_algo_search: Literal["heuristic", "exhaustive"] = "heuristic"
-    #: Fuse elementwise operators into Triton kernels (CUDA only).
-    triton: bool = False
+    #: Who fuses connected elementwise operators into one kernel: Triton (CUDA only), or nobody.
+    fusion: Literal["none", "triton"] = "none"
     #: What may be fused: a file that `triton_fusion.FusionConfig` writes.
     triton_config: str | None = None
     triton_debug: bool = False
@@ -108,6 +109,7 @@ class OrtOptions:
             ("conv_algo_search", _CONV_SEARCHES),
             ("log_level", _LOG_LEVELS),
             ("products", _PRODUCTS),
+            ("fusion", _FUSIONS),
         ):
             if getattr(self, name) not in choices:
                 yield f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
@@ -148,9 +150,10 @@ class OrtOptions:
                 yield f"save_onnx_path={str(folder)!r} is not a writable folder"
             if not self.onnx_prefix:
                 yield "onnx_prefix is empty: save_onnx needs a name for its files"
+        for name in ("triton_config", "triton_debug"):
+            if getattr(self, name) and self.fusion != "triton":
+                yield f"{name} is given but fusion is {self.fusion!r}: it would be ignored"
         for name, parent in (
-            ("triton_config", "triton"),
-            ("triton_debug", "triton"),
             ("max_tuning_duration_ms", "tuning"),
             ("tuning_results_path", "tuning"),
             ("save_onnx_path", "save_onnx"),
@@ -163,15 +166,16 @@ class OrtOptions:
         if device_type == "cuda":
             return []
         return [
-            f"{name} works on CUDA devices only, and the module is on {device_type}"
-            for name in (
-                "triton",
-                "tuning",
-                "flash_attention",
-                "efficient_attention",
-                "aten_sdpa",
+            f"{name}={getattr(self, name)!r} works on CUDA devices only, and the module is on "
+            f"{device_type}"
+            for name, off in (
+                ("fusion", "none"),
+                ("tuning", False),
+                ("flash_attention", False),
+                ("efficient_attention", False),
+                ("aten_sdpa", False),
             )
-            if getattr(self, name)
+            if getattr(self, name) != off
         ]
 
     def _variables(self) -> dict[str, str]:
@@ -198,7 +202,7 @@ class OrtOptions:
             "ORTMODULE_DEEPCOPY_BEFORE_MODEL_EXPORT": flag(self.deepcopy_before_export),
             "ORTMODULE_ONNX_OPSET_VERSION": str(self.onnx_opset_version),
             "ORTMODULE_CONV_ALGO_SEARCH": self.conv_algo_search.upper(),
-            "ORTMODULE_USE_TRITON": flag(self.triton),
+            "ORTMODULE_USE_TRITON": flag(self.fusion == "triton"),
             "ORTMODULE_TRITON_CONFIG_FILE": self.triton_config,
             "ORTMODULE_TRITON_DEBUG": flag(self.triton_debug),
             "ORTMODULE_ENABLE_TUNING": flag(self.tuning),
