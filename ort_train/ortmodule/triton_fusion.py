@@ -1,8 +1,8 @@
 """Which subgraphs of a training graph ONNX Runtime's Triton fuser takes, and by what rules.
 
-The fuser itself (`orttraining/orttraining/core/optimizer/triton_fusion.cc` of onnxruntime, read at a
-commit after 1.19.2) runs in CUDA sessions only. Its rule is written again here, so that the kernels of a graph can be generated,
-run in Triton's interpreter and compiled on a machine without a GPU.
+The fuser itself (`orttraining/orttraining/core/optimizer/triton_fusion.cc` of onnxruntime, read at
+a commit after 1.19.2) runs in CUDA sessions only. Its rule is written again here, so that the
+kernels of a graph can be generated, run in Triton's interpreter and compiled without a GPU.
 """
 
 from __future__ import annotations
