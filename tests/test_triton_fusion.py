@@ -126,6 +126,12 @@ def made_subgraphs() -> dict[str, Any]:
             [node("Mul", ["x", "x"], ["s"], "n0"), node("Softmax", ["s"], ["y"], "n1", axis=-1)],
             {"x": (T.FLOAT16, [5, 33])}, {"y": T.FLOAT16},
         ),
+        "not_finite": made(
+            [node("Where", ["c", "nan", "x"], ["w"], "n0"),
+             node("Where", ["d", "infinity", "w"], ["y"], "n1")],
+            {"c": (T.BOOL, [40]), "d": (T.BOOL, [40]), "x": (T.FLOAT, [40])}, {"y": T.FLOAT},
+            nan=f(np.nan), infinity=f(-np.inf),
+        ),
         "mean": made(
             [node("Exp", ["x"], ["e"], "n0"),
              node("ReduceMean", ["e"], ["y"], "n1", axes=[-1], keepdims=1)],

@@ -59,15 +59,23 @@ def _deterministic_names(executor: Any, ir: Any, utils: Any) -> None:
         module.gen_unique_name = name
 
 
-def _sorted_names(ir: Any) -> None:
-    """Values inside a kernel are a set of names (`_ir.py`, `KernelNode.internal_args`): which of
-    two alike names gets the suffix depends on Python's hash seed, and with it the source."""
+def _names_and_constants(ir: Any) -> None:
+    """What stands for values in a kernel's source (`_ir.py`, `KernelNode.gen_variable_names`).
+
+    Values inside a kernel are a set of names: which of two alike names gets the suffix depends on
+    Python's hash seed, and with it the source. Constants are written by `str`, which makes of NaN
+    (the mean loss over no label) and of infinities names that nothing defines.
+    """
     generate = ir.KernelNode.gen_variable_names
 
     @functools.wraps(generate)
     def gen_variable_names(self: Any) -> None:
         self.internal_args = dict.fromkeys(sorted(self.internal_args))
         generate(self)
+        for name in self.constants:
+            variable = self.var_map[name]
+            if self.var_map.get(variable) in ("nan", "inf", "-inf"):
+                self.var_map[variable] = f'float("{self.var_map[variable]}")'
 
     ir.KernelNode.gen_variable_names = gen_variable_names
 
@@ -194,7 +202,7 @@ def load() -> Any:
         for name in ("_cache", "_codegen", "_ir", "_utils")
     )
     _deterministic_names(executor, ir, utils)
-    _sorted_names(ir)
+    _names_and_constants(ir)
     _own_cache(cache)
     _device_of_inputs(codegen)
     _conditions(codegen)
