@@ -15,15 +15,13 @@ from ort_train.errors import BackendUnavailableError, ConfigError
 from ort_train.forward import TrainingForward, give_back, take_over, taken_over
 
 if TYPE_CHECKING:
-    from ort_train.autoselect import Decision
     from ort_train.ortmodule import OrtOptions
     from ort_train.ortmodule.sparsity import Savings
+    from ort_train.trial import Decision
 
 BackendName = Literal["eager", "compile", "ort", "auto"]
-PrecisionName = Literal["fp32", "bf16", "fp16"]
+PrecisionName = Literal["fp32", "bf16", "fp16", "auto"]
 
-#: What `auto` chooses from; the first is the reference that the others must agree with.
-CONCRETE_BACKENDS = ("eager", "compile", "ort")
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,14 +30,14 @@ def available(backend: str, precision: str = "fp32", device_type: str = "cpu") -
 
     Args:
         backend: "eager", "compile", "ort" or "auto".
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16" or "fp16"; "auto" with backend "auto" only.
         device_type: of the module: "cpu" or "cuda".
 
     Returns:
         (True, "") or (False, reason).
 
     Raises:
-        ConfigError: for names that are no backend or precision.
+        ConfigError: for names that are no backend or precision, or don't go together.
     """
     problems = []
     if backend not in get_args(BackendName):
@@ -47,6 +45,11 @@ def available(backend: str, precision: str = "fp32", device_type: str = "cpu") -
     if precision not in get_args(PrecisionName):
         names = ", ".join(get_args(PrecisionName))
         problems.append(f"precision {precision!r} is not one of {names}")
+    if precision == "auto" and backend != "auto":
+        problems.append(
+            f"precision 'auto' is chosen by backend 'auto', but backend is {backend!r}: set "
+            "backend 'auto', or precision 'fp32', 'bf16' or 'fp16'"
+        )
     if problems:
         raise ConfigError(problems)
     reason = None
@@ -133,23 +136,26 @@ def _make_ort_runner(
 
 
 def _make_auto_runner(
-    module: torch.nn.Module, original: Callable[..., Any], *, precision: str, options: OrtOptions
+    module: torch.nn.Module, original: Callable[..., Any], **settings: Any
 ) -> Callable[..., Any]:
     from ort_train.autoselect import AutoRunner
 
-    return AutoRunner(module, original, precision=precision, options=options)
+    return AutoRunner(module, original, **settings)
 
 
 def runner_factory(
-    backend: str, precision: str, options: OrtOptions
+    backend: str, precision: str, options: OrtOptions, loss_only: bool = False
 ) -> Callable[[torch.nn.Module, Callable[..., Any]], Callable[..., Any]]:
-    """What makes a backend's runner for a module and its own forward."""
+    """What makes a backend's runner for a module and its own forward; see :func:`wrap`."""
     if backend == "eager":
         return functools.partial(_EagerRunner, precision=precision)
     if backend == "compile":
         return functools.partial(_CompileRunner, precision=precision)
-    make = _make_ort_runner if backend == "ort" else _make_auto_runner
-    return functools.partial(make, precision=precision, options=options)
+    if backend == "ort":
+        return functools.partial(_make_ort_runner, precision=precision, options=options)
+    return functools.partial(
+        _make_auto_runner, precision=precision, options=options, loss_only=loss_only
+    )
 
 
 def _device_type(module: torch.nn.Module) -> str:
@@ -162,6 +168,8 @@ def wrap(
     backend: BackendName = "auto",
     precision: PrecisionName = "fp32",
     options: OrtOptions | None = None,
+    *,
+    loss_only: bool = False,
 ) -> torch.nn.Module:
     """Run a module's training steps by a backend, in place.
 
@@ -173,8 +181,12 @@ def wrap(
         module: any nn.Module; its outputs keep their type and fields.
         backend: "eager", "compile" (torch.compile), "ort" (ONNX Runtime), or "auto": the fastest
             on the first two batches of those that agree with eager.
-        precision: "fp32", or autocast to "bf16" or "fp16" (with a GradScaler of your own).
+        precision: "fp32", or autocast to "bf16" or "fp16" (with a GradScaler of your own). "auto",
+            with backend "auto": fp32, or bf16 where the hardware has it and it is faster.
         options: how ONNX Runtime builds and runs the graph.
+        loss_only: your loop reads nothing of a training call's result but its `loss`. Backend
+            "auto" then leaves out padding and ignored labels where that is faster
+            (OrtOptions.padding_sparsity and label_sparsity, unless you set them).
 
     Returns:
         The same object.
@@ -197,13 +209,18 @@ def wrap(
         )
     device_type = _device_type(module)
     can_run, reason = available(backend, precision, device_type)
+    if loss_only and backend != "auto":
+        raise ConfigError(
+            f"loss_only is read by backend 'auto' only, and backend is {backend!r}: set "
+            "label_sparsity and padding_sparsity of OrtOptions in its place"
+        )
     if not can_run:
         raise BackendUnavailableError(f"backend {backend!r} can't run here: {reason}")
     if backend in ("ort", "auto"):
         problems = options.device_problems(device_type)
         if problems:
             raise ConfigError(problems)
-    return take_over(module, runner_factory(backend, precision, options))
+    return take_over(module, runner_factory(backend, precision, options, loss_only))
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -214,7 +231,12 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 def decision(module: torch.nn.Module) -> Decision | None:
     """What `backend="auto"` chose for a wrapped module and why, or None before its trial."""
     stand_in = taken_over(module)
-    return getattr(stand_in.runner, "decision", None) if stand_in else None
+    return decision_of(stand_in) if stand_in else None
+
+
+def decision_of(stand_in: TrainingForward) -> Decision | None:
+    """As :func:`decision`, of what stands in a module's `forward`."""
+    return getattr(stand_in.runner, "decision", None)
 
 
 def savings(stand_in: TrainingForward) -> Savings | None:

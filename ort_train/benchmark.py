@@ -34,6 +34,20 @@ BACKENDS = ("eager", "compile", "ort")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
+def precisions_here(precision: str) -> tuple[str, ...]:
+    """What is measured for a recipe's `train.precision`: for auto, what this machine would try."""
+    import torch
+
+    from ort_train.candidates import no_bf16, precisions
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return tuple(
+        each
+        for each in precisions(precision)
+        if precision != "auto" or each != "bf16" or no_bf16(device_type) is None
+    )
+
+
 def run_benchmark(
     config: RunConfig,
     cases: Sequence[Case],
@@ -223,13 +237,14 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems)
     cases = [
-        Case(backend, precision or config.train.precision, batch_size, block_size)
+        Case(backend, each, batch_size, block_size)
         for batch_size, block_size, precision, backend in product(
             lists["--batch-sizes"],
             lists["--seq-lens"],
             lists["--precision"],
             lists["--backends"],
         )
+        for each in ([precision] if precision else precisions_here(config.train.precision))
     ]
     measure = config.measure
     record = run_benchmark(

@@ -187,7 +187,8 @@ def check_compiler() -> Iterator[Check]:
 def check_backends() -> Iterator[Check]:
     import torch
 
-    from ort_train.backends import CONCRETE_BACKENDS, available
+    from ort_train.backends import available
+    from ort_train.candidates import CONCRETE_BACKENDS
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for backend in CONCRETE_BACKENDS:

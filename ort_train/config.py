@@ -158,7 +158,8 @@ class TrainConfig(_Section):
     """The training loop."""
 
     backend: Literal["ort", "eager", "compile", "auto"] = "ort"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """auto, with backend auto: fp32, or bf16 where the hardware has it and it is faster."""
     micro_batch_size: PositiveInt = 8
     """Samples per data-parallel rank per forward."""
     gradient_accumulation_steps: PositiveInt = 1

@@ -74,6 +74,12 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             "train.precision fp16 scales the loss, which needs float32 weights, but model.dtype is "
             "float16: set model.dtype=float32",
         )
+    if train.precision == "auto" and train.backend != "auto":
+        yield (
+            ("train.precision", "train.backend"),
+            f"train.precision auto is chosen by train.backend auto, but that is {train.backend}: "
+            "set train.backend=auto, or train.precision=fp32, bf16 or fp16",
+        )
     yield from _ignored(config)
 
 

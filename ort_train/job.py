@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +156,9 @@ def check(config: RunConfig) -> None:
 def _measure(config: RunConfig) -> dict[str, Any]:
     """The run's backend and the baselines on this run's model and first batches."""
     from ort_train.bench_run import Case
-    from ort_train.benchmark import BACKENDS, run_benchmark
+    from ort_train.benchmark import BACKENDS, precisions_here, run_benchmark
 
-    backend, precision = config.train.backend, config.train.precision
+    backend, train = config.train.backend, config.train
     own = list(BACKENDS) if backend == "auto" else [backend]
     names = list(dict.fromkeys([*config.measure.baselines, *own]))
     distributed.say(
@@ -167,7 +167,7 @@ def _measure(config: RunConfig) -> dict[str, Any]:
     measure = config.measure
     return run_benchmark(
         config,
-        [Case(name, precision) for name in names],
+        [Case(name, each) for each in precisions_here(train.precision) for name in names],
         steps=measure.steps,
         rounds=measure.rounds,
         warmup_steps=measure.warmup_steps,
@@ -180,6 +180,7 @@ def _make_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     from ort_train import zero
+    from ort_train.candidates import precisions
     from ort_train.console import ConsoleCallback
     from ort_train.distillation import DistillationTrainer
     from ort_train.pruning import KeepZeros
@@ -190,8 +191,7 @@ def _make_trainer(
         output_dir=str(config.output_dir),
         backend=train.backend,
         ort_options=dict(train.ort),
-        bf16=train.precision == "bf16",
-        fp16=train.precision == "fp16",
+        precision=train.precision,
         optim=train.optimizer,
         per_device_train_batch_size=train.micro_batch_size,
         per_device_eval_batch_size=train.micro_batch_size,
@@ -251,7 +251,7 @@ def _make_trainer(
             for result in record["results"]
             if result["status"] == "ok"
             and result["backend"] != train.backend
-            and result["precision"] == train.precision
+            and result["precision"] == precisions(train.precision)[0]
         }
     return trainer
 
@@ -300,6 +300,7 @@ def _report(
     training = {
         "backend": config.train.backend,
         "precision": config.train.precision,
+        "decision": None if trainer.decision is None else asdict(trainer.decision),
         "world_size": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "first_step_s": trainer.speed.first_step_s,

@@ -97,7 +97,7 @@ def estimate(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float | None
     """
     found = []
     budget = None if gpu_mem_gib is None else gpu_mem_gib * GIB - _PROCESS_BYTES
-    half = config.train.precision != "fp32"
+    half = config.train.precision in ("bf16", "fp16")  # auto may be fp32, which takes more
     by_kind = {
         for_deepspeed: {r: measure_sizes(config, r, for_deepspeed) for r in (False, True)}
         for for_deepspeed in ((False, True) if half else (False,))
@@ -172,7 +172,7 @@ def measure_sizes(config: RunConfig, recompute: bool, for_deepspeed: bool) -> Mo
     quantized = quantization.of_run(config)
     architecture, fields = model_fields(config)
     dtype = getattr(torch, config.model.dtype)
-    if for_deepspeed and config.train.precision != "fp32":
+    if for_deepspeed and config.train.precision in ("bf16", "fp16"):
         dtype = torch.float16 if config.train.precision == "fp16" else torch.bfloat16
     made = make_without_data(config, architecture, fields, dtype)
     layers = made.config.get_text_config().num_hidden_layers

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from .config import RunConfig
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# One model serves all that auto tries.
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "float32"}
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
 from ort_train import batches, checkpoints, fingerprint
-from ort_train.backends import runner_factory, savings
+from ort_train.backends import decision_of, runner_factory, savings
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
 from ort_train.metrics import SparsityMeter, SpeedCallback
@@ -30,6 +31,9 @@ from ort_train.training_args import (
     ORTSeq2SeqTrainingArguments,
     ORTTrainingArguments,
 )
+
+if TYPE_CHECKING:
+    from ort_train.trial import Decision
 
 __all__ = [
     "ORTOptimizerNames",
@@ -122,13 +126,34 @@ class ORTTrainer(Trainer):
             return
         args: Any = self.args
         options = args.make_ort_options()
-        self._leaves_out = options.label_sparsity or options.padding_sparsity
-        make_runner = runner_factory(args.backend, args.precision, options)
+        self._leaves_out = bool(options.label_sparsity or options.padding_sparsity)
+        make_runner = runner_factory(
+            args.backend, args.train_precision, options, self._reads_only_loss()
+        )
         if args.use_module_with_loss:
             make_runner = functools.partial(_loss_runner, make_runner, self._graph_loss)
         take_over(model, make_runner)
         self._stand_in = model.forward
         logger.info("training steps of %s run by backend %s", type(model).__name__, args.backend)
+
+    def _reads_only_loss(self) -> bool:
+        """Whether training looks at nothing but the loss of what the model returns."""
+        args: Any = self.args
+        ours, own = ORTTrainer, type(self)
+        return args.use_module_with_loss or (
+            own.compute_loss is ours.compute_loss
+            and own.training_step is ours.training_step
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+        )
+
+    @property
+    def decision(self) -> Decision | None:
+        """What `backend="auto"` chose and why, or None before its trial."""
+        args: Any = self.args
+        if self._stand_in is None or args.backend != "auto":
+            return None
+        return decision_of(self._stand_in)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
@@ -178,12 +203,13 @@ class ORTTrainer(Trainer):
         self._count_savings(inputs)
         # fp16 overflows now and then, and its gradient scaler skips such steps.
         arguments: Any = self.args
-        if arguments.precision != "fp16" and not torch.isfinite(loss).all():
+        if arguments.train_precision != "fp16" and not torch.isfinite(loss).all():
             raise NonFiniteLossError(self._non_finite_report(loss))
         return loss
 
     def _count_savings(self, inputs: dict[str, Any]) -> None:
-        if self._stand_in is None or not self._leaves_out:
+        chosen = self.decision
+        if self._stand_in is None or not (self._leaves_out or (chosen and chosen.sparsity)):
             return
         if (saved := savings(self._stand_in)) is not None:
             self.sparsity.add(inputs, saved.flops_per_padding, saved.flops_per_ignored_label)
@@ -194,6 +220,16 @@ class ORTTrainer(Trainer):
         if self.model is not None and isinstance(prepared, Mapping):
             batches.check_ids(self.model, prepared)
         return prepared
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, in the precision that `auto` trains in."""
+        chosen, arguments = self.decision, self.args
+        is_ours = arguments.train_precision == "auto" and chosen and chosen.precision == "bf16"
+        if not is_ours:
+            return super().prediction_step(*args, **kwargs)
+        with torch.autocast(arguments.device.type, torch.bfloat16):
+            predicted = super().prediction_step(*args, **kwargs)
+        return pytree.tree_map(_widened, predicted)
 
     def _num_tokens(self, inputs: dict[str, Any]) -> int:
         name = getattr(self.model, "main_input_name", "input_ids")
@@ -366,6 +402,12 @@ def _num_required(function: Callable[..., Any]) -> int:
         p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         for p in parameters
     )
+
+
+def _widened(leaf: Any) -> Any:
+    """As accelerate hands on what autocast computes: metrics are of fp32."""
+    is_bf16 = isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bfloat16
+    return leaf.float() if is_bf16 else leaf
 
 
 def _is_installed(stand_in: TrainingForward, model: torch.nn.Module) -> bool:

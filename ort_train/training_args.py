@@ -7,7 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.generic import ExplicitEnum
 
 from ort_train import distributed, zero
-from ort_train.backends import available
+from ort_train.backends import PrecisionName, available
 from ort_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,16 +74,26 @@ class _BackendArguments:
         default=None,
         metadata={"help": "Fields of ort_train.OrtOptions, as a dict or a JSON string."},
     )
-    label_sparsity: bool = field(
-        default=False,
+    precision: str | None = field(
+        default=None,
         metadata={
-            "help": "Tokens whose label is ignored (-100) cost nothing in head and loss: "
-            "OrtOptions.label_sparsity."
+            "help": "fp32, bf16, fp16, or auto (with backend auto: fp32 or bf16, the faster). "
+            "None: as bf16 and fp16 say."
         },
     )
-    padding_sparsity: bool = field(
-        default=False,
-        metadata={"help": "Padding costs nothing but in attention: OrtOptions.padding_sparsity."},
+    label_sparsity: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose label is ignored (-100) cost nothing in head and loss: "
+            "OrtOptions.label_sparsity. None: off, or as backend auto finds."
+        },
+    )
+    padding_sparsity: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Padding costs nothing but in attention: OrtOptions.padding_sparsity. None: "
+            "off, or as backend auto finds."
+        },
     )
     optim: str = field(  # not transformers' enumeration: a command line takes only its members
         default=_DEFAULT_OPTIMIZER,
@@ -202,10 +212,32 @@ class _BackendArguments:
             raise ConfigError(problems)
 
     @property
-    def precision(self) -> str:
-        """ "fp32", "bf16" or "fp16", as transformers' own flags say."""
+    def train_precision(self) -> str:
+        """ "auto", or "fp32", "bf16" or "fp16" as transformers' own flags say."""
         arguments: Any = self
+        if self.precision == "auto":
+            return "auto"
         return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+
+    def _set_precision_flags(self) -> None:
+        """`precision` as transformers' own flags.
+
+        Raises:
+            ConfigError: for an unknown one, or where the flags say another.
+        """
+        arguments: Any = self
+        if self.precision is None:
+            return
+        if self.precision not in get_args(PrecisionName):
+            names = ", ".join(get_args(PrecisionName))
+            raise ConfigError(f"precision={self.precision!r} is not one of {names}")
+        for flag in ("bf16", "fp16"):
+            if getattr(arguments, flag) and self.precision != flag:
+                raise ConfigError(
+                    f"precision={self.precision!r} contradicts {flag}=True: give one of them"
+                )
+        if self.precision in ("bf16", "fp16"):
+            setattr(arguments, self.precision, True)
 
     def make_ort_options(self) -> OrtOptions:
         """The graph options that these arguments ask for.
@@ -237,15 +269,15 @@ class _BackendArguments:
             values.setdefault("onnx_prefix", self.onnx_prefix)
             values.setdefault("save_onnx_path", arguments.output_dir)
         for name in ("label_sparsity", "padding_sparsity"):
-            if getattr(self, name):
-                values.setdefault(name, True)
+            if (value := getattr(self, name)) is not None:
+                values.setdefault(name, value)
         values.setdefault("log_level", self.onnx_log_level.lower())
         return parse_options(values)
 
     def _check_backend(self) -> None:
         arguments: Any = self
         device_type = arguments.device.type
-        can_run, reason = available(self.backend, self.precision, device_type)
+        can_run, reason = available(self.backend, self.train_precision, device_type)
         if not can_run:
             raise ConfigError(f"backend={self.backend!r}: {reason}")
         if arguments.torch_compile:
@@ -286,7 +318,7 @@ def _check_deepspeed(arguments: Any) -> None:
         micro_batch_size=arguments.per_device_train_batch_size,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         world_size=distributed.world_size(),
-        precision=arguments.precision,
+        precision=arguments.train_precision,
         max_grad_norm=arguments.max_grad_norm,
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
         learning_rate=arguments.learning_rate,
@@ -304,6 +336,7 @@ def _say_renamed(old: str, new: str) -> None:
 
 def _post_init(arguments: Any, parent: type) -> None:
     arguments._translate_older_names(parent)
+    arguments._set_precision_flags()
     if arguments.deepspeed:
         _check_deepspeed(arguments)
     if not torch.cuda.is_available():
@@ -326,6 +359,7 @@ class ORTTrainingArguments(_BackendArguments, TrainingArguments):
 
     Args:
         backend: "ort", "compile", "eager" or "auto"; see :func:`ort_train.wrap`.
+        precision: "fp32", "bf16", "fp16" or "auto"; None: as `bf16` and `fp16` say.
         ort_options: fields of :class:`ort_train.OrtOptions`.
         optim: transformers' names and "adamw_ort_fused": ORT's FusedAdam on CUDA (with AdamW's
             semantics), torch's fused AdamW on CPU.

@@ -146,6 +146,7 @@ def test_misshapen_configs(values, expected):
             made(model={"dtype": "float16"}, train={"precision": "fp16"}),
             "needs float32 weights",
         ),
+        (made(train={"precision": "auto"}), "train.precision auto is chosen by train.backend auto"),
     ],
 )
 def test_contradictions(values, expected):

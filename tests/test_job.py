@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ort_train import job, run_folder
+from ort_train import job, run_folder, trial
 from ort_train.config import RunConfig
 from ort_train.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from ort_train.recipes import load_recipe
@@ -61,6 +61,22 @@ def test_run_leaves_model_config_record_and_picture(
     assert printed.count("it/s") >= 3  # of each step but the first, and of the whole
     assert "tokens/s" in printed
     assert f"saved in {out}" in printed
+
+
+def test_record_says_what_auto_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trial, "CONCRETE_BACKENDS", ("eager",))
+    monkeypatch.setattr(trial, "no_bf16", lambda device_type: "no such products here")
+    job.run(tiny(tmp_path / "run", "train.backend=auto", "train.precision=auto"))
+    training = json.loads((tmp_path / "run" / "record.json").read_text())["training"]
+    decision = training["decision"]
+    assert (decision["backend"], decision["precision"], decision["sparsity"]) == (
+        "eager",
+        "fp32",
+        [],
+    )
+    assert decision["step_ms"].keys() == {"eager fp32"}
+    assert decision["rejected"] == {"eager bf16": "no such products here"}
+    assert decision["cost_s"] > 0
 
 
 def test_same_seed_same_model_whatever_the_logging(tmp_path: Path):

@@ -517,9 +517,9 @@ def test_resume_without_a_checkpoint(tiny_llama: MakeModel, tmp_path: Path):
 def test_other_backends(
     tiny_llama: MakeModel, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ):
-    from ort_train import autoselect
+    from ort_train import trial
 
-    monkeypatch.setattr(autoselect, "CONCRETE_BACKENDS", ("eager", "ort"))  # compiling takes long
+    monkeypatch.setattr(trial, "CONCRETE_BACKENDS", ("eager", "ort"))  # compiling takes long
     ours = ort_trainer(tiny_llama(), tmp_path / "a", backend=backend)
     theirs = plain_trainer(tiny_llama(), tmp_path / "b")
     ours.train()
@@ -701,3 +701,100 @@ def test_unsupported_model_is_named_before_any_weight_changed(tmp_path: Path):
         ORTTrainer(model=model, args=args, train_dataset=data).train()
     assert taken_over(model) is None
     assert not isinstance(model, PreTrainedModel)
+
+
+# --- what auto chooses ---
+
+
+def auto_trainer(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, fastest: str, **fields: Any
+) -> ORTTrainer:
+    """One whose trial finds a named candidate the fastest."""
+    from ort_train import trial
+
+    monkeypatch.setattr(trial, "CONCRETE_BACKENDS", ("eager", "ort"))  # compiling takes long
+    monkeypatch.setattr(
+        trial.Trial,
+        "_timed_ms",
+        lambda self, which, call: 1.0 if str(which) == fastest else 2.0,
+    )
+    return ort_trainer(model, folder, backend="auto", **fields)
+
+
+@pytest.mark.filterwarnings("ignore:this CPU has no bf16 products")
+def test_precision_auto_trains_and_evaluates_in_bf16(
+    tiny_llama: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from ort_train import trial
+
+    monkeypatch.setattr(trial, "no_bf16", lambda device_type: None)
+    ours = auto_trainer(tiny_llama(), tmp_path / "a", monkeypatch, "eager bf16", precision="auto")
+    theirs = plain_trainer(tiny_llama(), tmp_path / "b", bf16=True)
+    ours.train()
+    theirs.train()
+    assert ours.decision is not None
+    assert (ours.decision.backend, ours.decision.precision) == ("eager", "bf16")
+    # The first step is the trial's, in fp32: losses around 6 then differ by some 1e-3.
+    assert losses(ours) == pytest.approx(losses(theirs), abs=5e-3)
+    theirs.model.load_state_dict(ours.model.state_dict())
+    found, expected = (trainer.predict(trainer.eval_dataset) for trainer in (ours, theirs))
+    assert found.metrics["test_loss"] == expected.metrics["test_loss"]  # the same kernels
+    assert {parameter.dtype for parameter in ours.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sparsity"),
+    [
+        ({}, ("label_sparsity", "padding_sparsity")),
+        ({"label_sparsity": False}, ("padding_sparsity",)),
+    ],
+)
+def test_auto_leaves_out_what_the_user_left_open(
+    tiny_llama: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    sparsity: tuple[str, ...],
+):
+    fastest = " + ".join(("ort fp32", *sparsity))
+    ours = auto_trainer(tiny_llama(), tmp_path / "a", monkeypatch, fastest, **fields)
+    ours.train()
+    assert ours.decision is not None
+    assert ours.decision.sparsity == sparsity
+    assert any("token_density" in log for log in ours.state.log_history)
+    theirs = plain_trainer(tiny_llama(), tmp_path / "b")
+    theirs.train()
+    assert losses(ours) == pytest.approx(losses(theirs), abs=LOSS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "only_loss"),
+    [
+        ({}, True),
+        ({"label_smoothing_factor": 0.1}, False),
+        ({"label_smoothing_factor": 0.1, "use_module_with_loss": True}, True),
+        ({"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.loss}, False),
+    ],
+)
+def test_auto_knows_whether_more_than_the_loss_is_read(
+    tiny_llama: MakeModel, tmp_path: Path, fields: dict[str, Any], only_loss: bool
+):
+    assert ort_trainer(tiny_llama(), tmp_path, **fields)._reads_only_loss() == only_loss
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"precision": "auto"}, "chosen by backend 'auto'"),
+        ({"precision": "fp8"}, "not one of fp32, bf16, fp16, auto"),
+        ({"precision": "fp32", "bf16": True}, "contradicts bf16=True"),
+    ],
+)
+def test_precision_is_checked(tmp_path: Path, fields: dict[str, Any], match: str):
+    with pytest.raises(ConfigError, match=match):
+        ORTTrainingArguments(str(tmp_path), **fields)
+
+
+def test_precision_sets_transformers_flags(tmp_path: Path):
+    args = ORTTrainingArguments(str(tmp_path), backend="eager", precision="bf16")
+    assert (args.bf16, args.fp16, args.train_precision) == (True, False, "bf16")

@@ -180,7 +180,7 @@ class Engine:
     ):
         self._options = options
         self._precision = precision
-        self._graph_module = _GraphModule(module, forward, schema, options.label_sparsity)
+        self._graph_module = _GraphModule(module, forward, schema, bool(options.label_sparsity))
         self._ort_module: Any = None
         self._is_stochastic = False
         self._recomputes_dropout = False
@@ -363,7 +363,10 @@ class Engine:
                 if parameter.requires_grad
             )
             self.savings = sparsity.apply(
-                model.graph, options.label_sparsity, options.padding_sparsity, trainable
+                model.graph,
+                labels=bool(options.label_sparsity),
+                padding=bool(options.padding_sparsity),
+                trainable=trainable,
             )
 
     def _construct(self, options: OrtOptions) -> Any:

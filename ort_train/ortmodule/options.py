@@ -53,11 +53,12 @@ class OrtOptions:
     #: Graph-level reduction of FLOPs (shrinking operators are moved up).
     compute_optimizer: bool = True
     #: Tokens whose label is ignored (-100) cost nothing in head and loss, in any batch
-    #: (sparsity.py). A training call's logits are then computed only if they are read.
-    label_sparsity: bool = False
+    #: (sparsity.py). A training call's logits are then computed only if they are read. None: off,
+    #: unless backend "auto" finds that it is faster, where nothing but the loss is read.
+    label_sparsity: bool | None = None
     #: Tokens that attention_mask hides cost nothing but in attention, in any batch; what a training
-    #: call returns for them is 0.
-    padding_sparsity: bool = False
+    #: call returns for them is 0. None: as label_sparsity.
+    padding_sparsity: bool | None = None
     #: Recompute activations in backward instead of keeping them.
     recompute: Literal["none", "layerwise", "layerwise_compromised"] = "none"
     #: JSON of chosen recompute subgraphs, instead of `recompute`.
@@ -115,7 +116,8 @@ class OrtOptions:
                 yield f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
+            is_switch = isinstance(field.default, bool) or field.name.endswith("_sparsity")
+            if is_switch and value is not field.default and not isinstance(value, bool):
                 yield f"{field.name}={value!r} must be true or false"
         paths = {name: getattr(self, name) for name in _PATHS}
         for name, path in (*paths.items(), ("onnx_prefix", self.onnx_prefix)):
