@@ -208,11 +208,12 @@ def build(
     from ort_train.adapters import apply_adapter
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
+    from ort_train.packing import check_model
     from ort_train.samples import make_samples
 
     train = config.train
     size = train.micro_batch_size
-    samples = make_samples(config.data, config.model, num_batches * size, with_evaluation=False)
+    samples = make_samples(config.data, config.model, num_batches * size, False, train.seed)
     model = load_model(
         config.model,
         samples.tokenizer,
@@ -234,6 +235,9 @@ def build(
     distiller = None
     if config.distill.teacher is not None:
         distiller = load_distiller(config, samples.tokenizer, model)
+    if config.data.packing:
+        for each in (model, *([distiller.teacher] if distiller else [])):
+            check_model(each, samples.collate, config.data.block_size)
     return model, batches, samples.source, distiller
 
 

@@ -111,6 +111,9 @@ class DataConfig(_Section):
     padding: Literal["block", "longest"] | None = None
     """Of instructions, on the right: to `block_size`, which is the default, or to the longest
     sample of each batch."""
+    packing: bool = False
+    """Of instructions: as many samples as fit share a row of `block_size` tokens, which is then
+    what `train.micro_batch_size` counts; none sees another."""
     folder: str | None = None
     """Of wiki.*.tokens or *.txt files. None: $ORT_TRAIN_DATA, data/wikitext-2 and the like."""
     block_size: PositiveInt = 128

@@ -60,6 +60,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             f"data.folder {data.folder} isn't read with data.source {data.source}: "
             "set data.source=folder, or data.folder=null",
         )
+    yield from _packing(config)
     if (train.max_steps is None) == (train.epochs is None):
         yield (
             ("train.max_steps", "train.epochs"),
@@ -81,6 +82,30 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             "set train.backend=auto, or train.precision=fp32, bf16 or fp16",
         )
     yield from _ignored(config)
+
+
+def _packing(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    data, teacher = config.data, config.distill.teacher
+    if not data.packing:
+        return
+    if data.format != "instructions":
+        yield (
+            ("data.packing", "data.format"),
+            "data.packing is for samples of different lengths, and text blocks have no padding: "
+            "set data.format=instructions, or data.packing=false",
+        )
+    if data.padding == "longest":
+        yield (
+            ("data.packing", "data.padding"),
+            "data.padding longest isn't read with data.packing, whose rows have data.block_size "
+            "tokens: set data.padding=null, or data.packing=false",
+        )
+    if teacher is not None and teacher.attention != config.model.attention:
+        yield (
+            ("data.packing", "distill.teacher.attention", "model.attention"),
+            "with data.packing both models get one mask, which sdpa and eager attention take in "
+            f"different forms: set distill.teacher.attention={config.model.attention}",
+        )
 
 
 def _ignored(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:

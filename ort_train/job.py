@@ -62,12 +62,13 @@ def run(config: RunConfig) -> JobResult:
     from ort_train.adapters import apply_adapter, trainable_summary
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
+    from ort_train.packing import check_model
     from ort_train.samples import make_samples
     from ort_train.signals import StopOnSignal
 
     transformers_logging.set_verbosity_error()  # its hints are about code, not about this run
     transformers_logging.disable_progress_bar()  # the job has a bar of its own
-    samples = make_samples(config.data, config.model)
+    samples = make_samples(config.data, config.model, seed=config.train.seed)
     distributed.say(f"data: {samples.source}")
     model = load_model(
         config.model,
@@ -81,6 +82,9 @@ def run(config: RunConfig) -> JobResult:
     distiller = None
     if config.distill.teacher is not None:
         distiller = load_distiller(config, samples.tokenizer, model)
+    if config.data.packing:
+        for each in (model, *([distiller.teacher] if distiller else [])):
+            check_model(each, samples.collate, config.data.block_size)
     trainable, total = trainable_summary(model)
     distributed.say(
         f"model: {type(model).__name__}, {total:,} parameters, {trainable:,} trained; "

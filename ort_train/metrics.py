@@ -119,6 +119,9 @@ class SparsityMeter:
             flops_per_ignored_label: what a token saves whose label is ignored.
         """
         mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:  # of packed rows (packing.py)
+            diagonal = mask.diagonal(dim1=-2, dim2=-1)  # padding doesn't see itself
+            mask = diagonal if mask.dtype is torch.bool else diagonal == 0
         if isinstance(mask, torch.Tensor):
             num_real = (mask != 0).sum()
             self._num_tokens += mask.numel()

@@ -36,20 +36,27 @@ def make_samples(
     model: ModelConfig,
     max_train: int | None = None,
     with_evaluation: bool = True,
+    seed: int = 0,
 ) -> Samples:
     """Loads the data and the tokenizer, and cuts one by the other.
 
     Args:
-        max_train: training samples at most, below `data.max_train_blocks`.
+        max_train: rows of `train` at most.
+        with_evaluation: whether to read what is evaluated on, too.
+        seed: of which samples share a row, with `data.packing`.
 
     Raises:
         DataError: see `data.load_corpus` and `instructions.load_records`.
         ModelError: see `models.load_tokenizer`.
     """
-    limits = [limit for limit in (max_train, data.max_train_blocks) if limit is not None]
-    num_train = min(limits, default=None)
-    make = _instructions if data.format == "instructions" else _blocks
-    return make(data, model, num_train, with_evaluation)
+    if data.format == "instructions":
+        return _instructions(data, model, max_train, with_evaluation, seed)
+    num_train = _least(max_train, data.max_train_blocks)
+    return _blocks(data, model, num_train, with_evaluation)
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _blocks(
@@ -72,7 +79,11 @@ def _blocks(
 
 
 def _instructions(
-    data: DataConfig, model: ModelConfig, num_train: int | None, with_evaluation: bool
+    data: DataConfig,
+    model: ModelConfig,
+    max_train: int | None,
+    with_evaluation: bool,
+    seed: int,
 ) -> Samples:
     from .instructions import load_records, pad_batch, tokenize
     from .models import load_tokenizer
@@ -82,10 +93,33 @@ def _instructions(
         data.source, data.dataset, data.subset, columns, data.folder, data.hub_timeout_s
     )
     tokenizer = load_tokenizer(model, records.text)
+    num_train = data.max_train_blocks if data.packing else _least(max_train, data.max_train_blocks)
     train = tokenize(records.train, tokenizer, data.block_size, num_train)
     evaluation = None
     if with_evaluation:
         evaluation = tokenize(records.evaluation, tokenizer, data.block_size, data.max_eval_blocks)
+    if data.packing:
+        packed = Samples(tokenizer, train, evaluation, pad_batch, records.source)
+        return _packed(packed, data, model, max_train, seed)
     length = None if data.padding == "longest" else data.block_size
     collate = functools.partial(pad_batch, pad_id=tokenizer.pad_token_id, length=length)
     return Samples(tokenizer, train, evaluation, collate, records.source)
+
+
+def _packed(
+    samples: Samples, data: DataConfig, model: ModelConfig, max_train: int | None, seed: int
+) -> Samples:
+    from .packing import pack, packed_batch
+
+    block_size, pad_id = data.block_size, samples.tokenizer.pad_token_id
+    train = pack(samples.train, block_size, pad_id, seed)
+    evaluation = samples.evaluation and pack(samples.evaluation, block_size, pad_id, seed)
+    num_real = sum(map(sum, train["attention_mask"]))
+    note = (
+        f"{len(samples.train):,} samples packed into {len(train):,} rows of {block_size} tokens, "
+        f"{num_real / (len(train) * block_size):.1%} of them the samples'"
+    )
+    if max_train is not None:
+        train = train.select(range(min(max_train, len(train))))
+    collate = functools.partial(packed_batch, attention=model.attention, dtype=model.dtype)
+    return Samples(samples.tokenizer, train, evaluation, collate, f"{samples.source}; {note}")
