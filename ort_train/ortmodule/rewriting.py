@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ort_train.ortmodule.rows import ATEN_DOMAIN, Dim, GraphIndex, Plan, Role, RowSpace, Shape
+from ort_train.ortmodule.rows import (
+    ATEN_DOMAIN,
+    Dim,
+    GraphIndex,
+    Plan,
+    Role,
+    RowSpace,
+    Shape,
+    attribute,
+)
 
 INT64, BOOL = 7, 9  # onnx.TensorProto
 _FLOATS = (1, 10, 11, 16)  # float, float16, double, bfloat16
@@ -227,6 +236,18 @@ class Rewriter:
         self._removed.add(id(node))
         self._added.extend(replacements)
 
+    def free_of_shapes(self, name: str) -> None:
+        """Give those that ask for a tensor's shape the full one, of all rows."""
+        shape = self.index.shapes.get(name)
+        for user in self.index.consumers.get(name, ()):
+            if user.op_type == "Shape" and shape is not None and self.sizes_known(shape):
+                full = self.full_shape(shape)
+                start, end = attribute(user, "start", 0), attribute(user, "end", len(shape))
+                bounds = [self.constant(start), self.constant(end)]
+                known = self.index.shapes.get(user.output[0], [len(shape)])
+                self.add("Slice", [full, *bounds], INT64, known, output=user.output[0])
+                self.replace(user)
+
     # --- the end ---
 
     def finish(self) -> None:
@@ -268,8 +289,8 @@ def packed_name(name: str, selection: Selection) -> str:
 def _reads(node: Any) -> list[str]:
     """What a node reads, in its branches and loops, too."""
     names = list(node.input)
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
+    for each in node.attribute:
+        for inner in each.g.node:
             names += _reads(inner)
     return names
 

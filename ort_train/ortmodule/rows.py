@@ -32,6 +32,7 @@ Or PRelu Pow Sub Sum Where Xor
 """.split()  # noqa: SIM905
 ELEMENTWISE = frozenset([*_UNARY, *_BROADCASTING])
 _SOFTMAX = frozenset({"Softmax", "LogSoftmax", "LpNormalization"})
+PRODUCTS = ("MatMul", "Gemm")
 _NORMALIZATION = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
