@@ -20,7 +20,7 @@ class Case:
     """What is measured: a backend in a precision at a shape.
 
     Args:
-        backend: eager, compile or ort.
+        backend: eager, compile, ort or ort-dense (`benchmark.DENSE`).
         precision: fp32, bf16 or fp16 (the latter two by autocast).
         micro_batch_size: samples per forward; None: the recipe's.
         block_size: tokens per sample; None: the recipe's.
@@ -108,12 +108,12 @@ def result(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         "peak_gib": None if run.peak_gib is None else short(run.peak_gib),
         "parity": run.parity,
     }
-    for baseline in ("eager", "compile"):
+    for baseline in ("eager", "compile", "ort-dense"):
         ratios = paired_ratios(run, _find(runs, replace(case, backend=baseline)), "step_s")
         if ratios is not None:
             found = spread(ratios)
-            entry[f"speedup_vs_{baseline}"] = found["median"]
-            entry[f"speedup_vs_{baseline}_range"] = [found["p20"], found["p80"]]
+            key = f"speedup_vs_{baseline.replace('-', '_')}"
+            entry |= {key: found["median"], f"{key}_range": [found["p20"], found["p80"]]}
     return entry
 
 

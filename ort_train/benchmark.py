@@ -31,6 +31,9 @@ from ort_train.config import RunConfig, near_matches, parse
 from ort_train.errors import ConfigError
 
 BACKENDS = ("eager", "compile", "ort")
+DENSE = "ort-dense"
+"""Backend ort without what the recipe has it leave out of a batch."""
+_SPARSITY = ("label_sparsity", "padding_sparsity")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -165,7 +168,13 @@ def _plan(
         reference = Case("eager", "fp32", *shape)
         wanted = [case for case in full if (case.micro_batch_size, case.block_size) == shape]
         for case in dict.fromkeys([reference, *wanted]):
-            if case.backend not in BACKENDS:
+            if case.backend == DENSE and not any(map(config.train.ort.get, _SPARSITY)):
+                problems.append(
+                    f"backend {DENSE} is ort without {' and '.join(_SPARSITY)}, and train.ort of "
+                    f"this recipe turns on neither: leave {DENSE} out, or turn one on"
+                )
+                continue
+            if case.backend not in (*BACKENDS, DENSE):
                 problems.append(
                     f"backend {case.backend!r} can't be measured: "
                     + near_matches(case.backend, BACKENDS)
@@ -183,8 +192,11 @@ def _plan(
 def _case_config(config: RunConfig, case: Case) -> RunConfig:
     values = config.model_dump(mode="json")
     values["data"]["block_size"] = case.block_size
+    is_dense = case.backend == DENSE
+    if is_dense:
+        values["train"]["ort"] |= dict.fromkeys(_SPARSITY, False)
     values["train"] |= {
-        "backend": case.backend,
+        "backend": "ort" if is_dense else case.backend,
         "precision": case.precision,
         "micro_batch_size": case.micro_batch_size,
     }
@@ -199,7 +211,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", help="a recipe's name or path")
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
-    add("--backends", default=",".join(BACKENDS), help="comma-separated (default: %(default)s)")
+    add(
+        "--backends",
+        default=",".join(BACKENDS),
+        help=f"comma-separated (default: %(default)s); {DENSE}: ort without label_sparsity and "
+        "padding_sparsity, for recipes that turn one on",
+    )
     add("--precision", help="comma-separated: fp32, bf16, fp16 (default: the recipe's)")
     add("--batch-sizes", help="comma-separated samples per forward (default: the recipe's)")
     add("--seq-lens", help="comma-separated tokens per sample (default: the recipe's)")
@@ -225,7 +242,7 @@ def main(args: argparse.Namespace) -> int:
 
     problems = output_problems(args)
     lists = {
-        "--backends": words("--backends", args.backends, BACKENDS, problems),
+        "--backends": words("--backends", args.backends, (*BACKENDS, DENSE), problems),
         "--precision": words("--precision", args.precision, PRECISIONS, problems),
         "--batch-sizes": numbers("--batch-sizes", args.batch_sizes, problems),
         "--seq-lens": numbers("--seq-lens", args.seq_lens, problems),

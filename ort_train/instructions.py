@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TRAIN_SHARE = 0.9
 _SEPARATOR = "\n"
 # Of a response that is made of documentation: long enough to differ, short enough to be many.
-_MAX_PARAGRAPHS = 4
+_MAX_PARAGRAPHS = 2
 
 Record = tuple[str, str]  # prompt, response
 

@@ -80,6 +80,8 @@ class Result(_Section):
     speedup_vs_eager_range: tuple[float, float] | None = None  # p20, p80
     speedup_vs_compile: float | None = None
     speedup_vs_compile_range: tuple[float, float] | None = None
+    speedup_vs_ort_dense: float | None = None  # ort without label_sparsity and padding_sparsity
+    speedup_vs_ort_dense_range: tuple[float, float] | None = None
 
 
 class Machine(_Section):

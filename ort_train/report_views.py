@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 # Okabe and Ito's palette, told apart by colour-blind readers too. https://jfly.uni-koeln.de/color
-COLORS = {"eager": "#8c8c8c", "compile": "#0072b2", "ort": "#d55e00", "llamacpp": "#cc79a7"}
+COLORS = {
+    "eager": "#8c8c8c", "compile": "#0072b2", "ort": "#d55e00", "ort-dense": "#e69f00",
+    "llamacpp": "#cc79a7",
+}  # fmt: skip
 OTHER = "#009e73"
 ALPHAS = {
     "fp32": 1.0, "f32": 1.0, "bf16": 0.7, "fp16": 0.45, "f16": 0.7, "int8": 0.6, "int4": 0.4,
@@ -143,9 +146,9 @@ def _training_outcome(record: Record) -> list[str]:
     lines = []
     for result in results(record):
         gains = [
-            f"{result[f'speedup_vs_{baseline}']:.2f} x {baseline}"
-            for baseline in ("eager", "compile")
-            if baseline != result["backend"] and result[f"speedup_vs_{baseline}"] is not None
+            f"{ratio['median']:.2f} x {baseline}"
+            for baseline in ("eager", "compile", "ort-dense")
+            if baseline != result["backend"] and (ratio := _training_ratio(result, baseline))
         ]
         if result["backend"] == "ort" and gains:
             lines.append(f"{_training_case(result)}: {', '.join(gains)}")
@@ -163,10 +166,11 @@ def _training_protocol(record: Record) -> list[str]:
 
 
 def _training_ratio(result: Result, baseline: str) -> Spread | None:
-    median = result[f"speedup_vs_{baseline}"]
+    key = f"speedup_vs_{baseline.replace('-', '_')}"
+    median = result[key]
     if median is None:
         return None
-    low, high = result[f"speedup_vs_{baseline}_range"]
+    low, high = result[f"{key}_range"]
     return {"median": median, "p20": low, "p80": high}
 
 

@@ -87,6 +87,7 @@ def _instructions(
 ) -> Samples:
     from .instructions import load_records, pad_batch, tokenize
     from .models import load_tokenizer
+    from .packing import pack, packed_batch
 
     columns = (data.prompt_column or "prompt", data.response_column or "response")
     records = load_records(
@@ -98,28 +99,22 @@ def _instructions(
     evaluation = None
     if with_evaluation:
         evaluation = tokenize(records.evaluation, tokenizer, data.block_size, data.max_eval_blocks)
-    if data.packing:
-        packed = Samples(tokenizer, train, evaluation, pad_batch, records.source)
-        return _packed(packed, data, model, max_train, seed)
-    length = None if data.padding == "longest" else data.block_size
-    collate = functools.partial(pad_batch, pad_id=tokenizer.pad_token_id, length=length)
-    return Samples(tokenizer, train, evaluation, collate, records.source)
-
-
-def _packed(
-    samples: Samples, data: DataConfig, model: ModelConfig, max_train: int | None, seed: int
-) -> Samples:
-    from .packing import pack, packed_batch
-
-    block_size, pad_id = data.block_size, samples.tokenizer.pad_token_id
-    train = pack(samples.train, block_size, pad_id, seed)
-    evaluation = samples.evaluation and pack(samples.evaluation, block_size, pad_id, seed)
-    num_real = sum(map(sum, train["attention_mask"]))
-    note = (
-        f"{len(samples.train):,} samples packed into {len(train):,} rows of {block_size} tokens, "
-        f"{num_real / (len(train) * block_size):.1%} of them the samples'"
+    if not data.packing:
+        length = None if data.padding == "longest" else data.block_size
+        collate = functools.partial(pad_batch, pad_id=tokenizer.pad_token_id, length=length)
+        mean_length = sum(map(len, train["input_ids"])) / len(train)
+        source = f"{records.source}; samples of {mean_length:.0f} tokens on average"
+        return Samples(tokenizer, train, evaluation, collate, source)
+    packed_rows = functools.partial(
+        pack, block_size=data.block_size, pad_id=tokenizer.pad_token_id, seed=seed
     )
-    if max_train is not None:
-        train = train.select(range(min(max_train, len(train))))
+    rows = packed_rows(train)
+    note = (
+        f"{len(train):,} samples packed into {len(rows):,} rows of {data.block_size} tokens, "
+        f"{sum(map(sum, rows['attention_mask'])) / (len(rows) * data.block_size):.1%} of them not "
+        "padding"
+    )
+    rows = rows.select(range(_least(max_train, len(rows)) or 0))
+    evaluation = evaluation and packed_rows(evaluation)
     collate = functools.partial(packed_batch, attention=model.attention, dtype=model.dtype)
-    return Samples(samples.tokenizer, train, evaluation, collate, f"{samples.source}; {note}")
+    return Samples(tokenizer, rows, evaluation, collate, f"{records.source}; {note}")

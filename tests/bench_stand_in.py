@@ -44,7 +44,8 @@ def main() -> None:
         elif name == "round":
             if behaviour == "die in a round":
                 sys.exit(3)
-            step_s = STEP_MS[config["train"]["backend"]] / 1e3
+            is_dense = config["train"]["ort"].get("label_sparsity") is False
+            step_s = STEP_MS[config["train"]["backend"]] / 1e3 * (1.5 if is_dense else 1)
             steps = request["steps"]
             reply = {
                 "step_s": [step_s] * steps,

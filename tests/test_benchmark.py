@@ -111,6 +111,19 @@ class TestRunBenchmark:
         assert results["ort"]["speedup_vs_eager"] == 2.0
         assert results["ort"]["speedup_vs_compile"] is None
 
+    def test_ort_without_sparsity(self):
+        config = make_config()
+        ort = {"label_sparsity": True, "num_threads": 1}
+        sparse = config.model_copy(update={"train": config.train.model_copy(update={"ort": ort})})
+        record = measure(sparse, [Case("eager"), Case("ort"), Case("ort-dense")])
+        results = by_backend(record)
+        assert results["ort"]["speedup_vs_ort_dense"] == 1.5
+        assert results["ort"]["speedup_vs_eager"] == 2.0
+        assert results["ort-dense"]["step_ms"]["median"] == 15.0
+        assert report.summary_lines(record)[0].endswith("2.00 x eager, 1.50 x ort-dense")
+        with pytest.raises(ConfigError, match="turns on neither: leave ort-dense out"):
+            measure(config, [Case("ort-dense")])
+
     def test_a_hanging_case_is_stopped(self):
         began = time.monotonic()
         record = measure(make_config(ort="hang"), [Case("ort")], timeout_s=2)
