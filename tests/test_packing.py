@@ -15,10 +15,12 @@ import torch
 from architectures import ARCHITECTURES
 from test_architectures import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
-from ort_train import OrtOptions, job, packing, wrap
+from ort_train import OrtOptions, backends, job, packing, wrap
 from ort_train.config import DataConfig, ModelConfig, parse
-from ort_train.errors import ConfigError, ModelError
+from ort_train.errors import ConfigError, ModelError, UnsupportedModelError
+from ort_train.forward import taken_over
 from ort_train.instructions import pad_batch
+from ort_train.metrics import SparsityMeter
 from ort_train.packing import check_model, pack, packed_batch, plan_rows
 from ort_train.recipes import load_recipe
 from ort_train.samples import make_samples
@@ -169,6 +171,31 @@ def test_rows_of_other_sizes_in_one_graph(tiny_llama):
     for size in (ROW, 40, 71):
         packed = packed_batch(list(pack(dataset(), size, 0, seed=0)), "sdpa")
         assert_same(step(ours, packed), expected)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_padding_at_the_ends_of_rows_is_left_out(tiny_llama, labels: bool):
+    eager = tiny_llama(vocab_size=128)
+    options = OrtOptions(num_threads=1, padding_sparsity=True, label_sparsity=labels)
+    ours = wrap(copy.deepcopy(eager), "ort", options=options)
+    _, alone = batches()
+    expected = step(eager, alone)
+    for size in (ROW, 40, 71):
+        packed = packed_batch(list(pack(dataset(), size, 0, seed=0)), "sdpa")
+        assert_same(step(ours, packed), expected)
+    stand_in = taken_over(ours)
+    assert stand_in is not None
+    saved = backends.savings(stand_in)
+    assert saved is not None
+    assert saved.flops_per_padding > 0
+    meter = SparsityMeter()
+    meter.add(packed, saved.flops_per_padding, 0)
+    window = meter.take_window()
+    assert window["token_density"] == round(sum(LENGTHS) / packed["input_ids"].numel(), 4)
+    model = wrap(tiny_llama(vocab_size=128), "ort", options=options)
+    packed = packed_batch(list(pack(dataset(), ROW, 0, seed=0)), "eager")
+    with pytest.raises(UnsupportedModelError, match=r"4 axes must hold booleans"):
+        model(**packed)
 
 
 # --- what is refused

@@ -162,14 +162,28 @@ def unpack_rows(input: torch.Tensor, rows: torch.Tensor, grid: list[int]) -> tor
     return output.view(*grid, *chosen.shape[1:])
 
 
+def _shown(mask: torch.Tensor) -> torch.Tensor:
+    """An attention mask's tokens that aren't padding.
+
+    Args:
+        mask: (B, T); or (B, heads, T, T) of what each token sees, where padding sees and is seen by
+            no token.
+
+    Returns:
+        (B, T)
+    """
+    mask = mask.bool()
+    return mask if mask.ndim != 4 else (mask.any(-1) | mask.any(-2)).any(1)
+
+
 @torch.library.custom_op("ort_train::rows_where", mutates_args=())
 def rows_where(mask: torch.Tensor) -> torch.Tensor:
-    """Flat indices at which a mask is set, ascending.
+    """Flat indices at which a mask is set, ascending; of the tokens that an attention mask shows.
 
     Never empty, as some kernels of ONNX Runtime fail on empty tensors: row 0 stands in, which a
     loss then ignores by its label.
     """
-    rows = mask.flatten().nonzero().squeeze(1)
+    rows = _shown(mask).flatten().nonzero().squeeze(1)
     return rows if rows.numel() else rows.new_zeros(1)
 
 
@@ -178,14 +192,14 @@ def kept_rows(mask: torch.Tensor, labels: torch.Tensor, with_samples: bool) -> t
     """Rows of tokens that aren't padding or whose label counts, ascending.
 
     Args:
-        mask: (B, T), set where there is no padding.
+        mask: see `_shown`.
         labels: (L,) flat indices of the tokens whose label counts.
         with_samples: keep all of a sample that has a label on its padding.
     """
-    kept = mask.bool().clone()
+    kept = _shown(mask).clone()
     if with_samples:
         on_padding = labels[~kept.flatten()[labels]]
-        kept[on_padding // mask.shape[1]] = True
+        kept[on_padding // kept.shape[1]] = True
     kept.view(-1)[labels] = True
     return kept.flatten().nonzero().squeeze(1)
 

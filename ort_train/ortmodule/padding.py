@@ -117,8 +117,13 @@ class Padding:
         shape = index.shapes.get("attention_mask")
         if shape is None:
             raise self._refusal("it is called without attention_mask, or doesn't use it")
-        if len(shape) != 2:
-            raise self._refusal(f"attention_mask has {len(shape)} axes, not 2")
+        if len(shape) == 4 and index.types["attention_mask"] != BOOL:
+            raise self._refusal(
+                "an attention_mask of 4 axes must hold booleans (packed rows do with "
+                "model.attention=sdpa)"
+            )
+        if len(shape) not in (2, 4):
+            raise self._refusal(f"attention_mask has {len(shape)} axes, not 2 or 4")
         for loss in self._losses:
             if not self._without_labels and not loss.blocked_early:
                 select_labels(loss, rewriter)
