@@ -107,6 +107,7 @@ def result(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         "tokens_per_s": short(np.median(rate) * num_tokens),
         "peak_gib": None if run.peak_gib is None else short(run.peak_gib),
         "parity": run.parity,
+        "profile": run.finished.get("profile"),
     }
     for baseline in ("eager", "compile", "ort-dense"):
         ratios = paired_ratios(run, _find(runs, replace(case, backend=baseline)), "step_s")

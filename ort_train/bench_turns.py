@@ -35,6 +35,7 @@ class CaseRun:
         reference_only: run as the parity reference, not asked for.
         prepared: the worker's reply to `prepare`.
         rounds: its replies to `round`: lists of seconds and other series, by name.
+        finished: its reply to `finish`.
         files: a folder for what a worker leaves for the comparison; there until all are judged.
     """
 
@@ -48,6 +49,7 @@ class CaseRun:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     peak_gib: float | None = None
     parity: dict[str, Any] | None = None
+    finished: dict[str, Any] = field(default_factory=dict)
     files: Path = Path()
 
     def prepare(self, folder: Path, timeout_s: float, **arguments: Any) -> None:
@@ -79,6 +81,7 @@ class CaseRun:
         """Ask for the peak memory; the process ends."""
         if reply := self._request("finish"):
             self.peak_gib = reply["peak_gib"]
+            self.finished = reply
 
     def kill(self) -> None:
         """End the process, whatever it is doing."""

@@ -9,9 +9,12 @@ Started by `bench_process.Worker`, which sends one JSON request a line and reads
 from __future__ import annotations
 
 import hashlib
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +47,7 @@ class Session:
         warmup_steps: training steps before the first round.
         threads: of torch's operators, None for torch's own choice.
         gradients: file that the first step's gradients are written to.
+        profile_steps: after all rounds, this many more are profiled where the backend is ort.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Session:
         warmup_steps: int,
         threads: int | None,
         gradients: str,
+        profile_steps: int = 0,
     ):
         import torch
 
@@ -65,6 +70,7 @@ class Session:
         self.config = parse(config)
         self.warmup_steps = warmup_steps
         self.gradients = gradients
+        self.profile_steps = profile_steps
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         train = self.config.train
         # Asked before the model is built, which can take minutes.
@@ -89,11 +95,9 @@ class Session:
         num_parameters = sum(p.numel() for p in self.model.parameters())
         # ORT has a pool of its own: given a number of threads, every backend gets that number.
         threads = {} if self.threads is None else {"num_threads": self.threads}
+        self.options = OrtOptions(**{**train.ort, **threads})
         self.module = wrap(
-            self.model,
-            backend=train.backend,
-            precision=train.precision,
-            options=OrtOptions(**{**train.ort, **threads}),
+            self.model, backend=train.backend, precision=train.precision, options=self.options
         )
         self.optimizer = torch.optim.AdamW(
             [parameter for _, parameter in named],
@@ -154,14 +158,34 @@ class Session:
         return {**times, "loss": [loss.item() for loss in losses]}
 
     def finish(self) -> dict[str, Any]:
-        """Peak memory in GiB: the allocator's on CUDA, else the resident set of the process."""
+        """Peak memory in GiB: the allocator's on CUDA, else the resident set of the process; and
+        the profile, if one was asked for."""
         import torch
 
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
         else:
             peak = peak_resident_gib()
-        return {"peak_gib": peak}
+        is_profiled = self.profile_steps and self.config.train.backend == "ort"
+        return {"peak_gib": peak, "profile": self._profile() if is_profiled else None}
+
+    def _profile(self) -> dict[str, Any]:
+        """Where forward and backward spend their time, on a graph of its own that is profiled."""
+        from ort_train.backends import unwrap, wrap
+        from ort_train.ortmodule import profiling
+
+        train, steps = self.config.train, self.profile_steps
+        with tempfile.TemporaryDirectory(prefix="ort_train-profile-") as folder:
+            options = replace(self.options, profile_prefix=str(Path(folder) / "profile"))
+            self.module = wrap(unwrap(self.model), "ort", train.precision, options)
+            self.round(max(self.warmup_steps, 1))
+            step_s = self.round(steps)["forward_backward_s"]
+            found = profiling.shares(self.module, step_s)
+        return {
+            "steps": steps,
+            "forward_backward_ms": statistics.median(step_s) * 1e3,
+            "shares": found,
+        }
 
     def _forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}

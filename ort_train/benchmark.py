@@ -35,6 +35,8 @@ DENSE = "ort-dense"
 """Backend ort without what the recipe has it leave out of a batch."""
 _SPARSITY = ("label_sparsity", "padding_sparsity")
 PRECISIONS = ("fp32", "bf16", "fp16")
+#: Enough for shares of some percent; a graph's file holds hundreds of lines for each step.
+PROFILE_STEPS = 5
 
 
 def precisions_here(precision: str) -> tuple[str, ...]:
@@ -59,6 +61,7 @@ def run_benchmark(
     rounds: int,
     warmup_steps: int,
     threads: int | None = None,
+    profile_steps: int = 0,
     progress: bool = True,
     on_event: Callable[[str], None] | None = None,
     timeout_s: float = 900.0,
@@ -78,6 +81,8 @@ def run_benchmark(
         rounds: turns of each case.
         warmup_steps: training steps before the first round, after the separately timed first.
         threads: of torch and of ORT; None: their own choice.
+        profile_steps: after all rounds, backend ort runs this many more with a profile of its
+            kernels.
         progress: show a progress bar on stderr.
         on_event: called with a line of text whenever a case has come a stage further.
         timeout_s: how long one stage of a case may take before it counts as hung.
@@ -101,6 +106,7 @@ def run_benchmark(
                     "num_batches": warmup_steps + steps * rounds,
                     "warmup_steps": warmup_steps,
                     "threads": threads,
+                    "profile_steps": profile_steps,
                 },
                 turn={"steps": steps},
                 prepared_line=lambda run: f"first step {run.prepared['first_step_s']:.2f} s",
@@ -224,6 +230,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, help="turns of each backend (default: the recipe's)")
     add("--warmup", type=int, help="training steps before the first round (default: the recipe's)")
     add("--threads", type=int, help="threads of torch and of ONNX Runtime (default: their own)")
+    add("--profile", action="store_true", help="say what the steps of backend ort spend time on")
     add("--tiny", action="store_true", help="shrink the model, for a trial in seconds")
     add_outputs(parser)
 
@@ -271,6 +278,7 @@ def main(args: argparse.Namespace) -> int:
         rounds=measure.rounds if args.rounds is None else args.rounds,
         warmup_steps=measure.warmup_steps if args.warmup is None else args.warmup,
         threads=args.threads,
+        profile_steps=PROFILE_STEPS if args.profile else 0,
         on_event=lambda line: tqdm.write(line, file=sys.stderr),
     )
     return show_and_save(record, args)

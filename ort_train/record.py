@@ -57,6 +57,15 @@ class Parity(_Section):
     grad_worst: str | None  # that tensor's parameter name
 
 
+class Profile(_Section):
+    """Where steps of backend ort spend their forward and backward, after the timed rounds."""
+
+    steps: int
+    forward_backward_ms: float  # median, slower by the profiling
+    # By kind of kernel (ortmodule/profiling.py), and outside of any; they sum to 1.
+    shares: dict[str, float]
+
+
 class Result(_Section):
     """One case: a backend in a precision at a shape."""
 
@@ -76,6 +85,7 @@ class Result(_Section):
     peak_gib: float | None = None  # of the process (CPU) or of the device's allocator (CUDA)
     loss: list[float | None] = []  # of every training step in order, warm-up included
     parity: Parity | None = None
+    profile: Profile | None = None  # with --profile
     speedup_vs_eager: float | None = None  # median of the ratios of paired rounds
     speedup_vs_eager_range: tuple[float, float] | None = None  # p20, p80
     speedup_vs_compile: float | None = None

@@ -152,7 +152,14 @@ def _training_outcome(record: Record) -> list[str]:
         ]
         if result["backend"] == "ort" and gains:
             lines.append(f"{_training_case(result)}: {', '.join(gains)}")
-    return lines
+    return [*lines, *map(_profile_line, filter(lambda r: r["profile"], results(record)))]
+
+
+def _profile_line(result: Result) -> str:
+    shares = sorted(result["profile"]["shares"].items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{kind.replace('_', ' ')} {share:.0%}" for kind, share in shares
+                      if share >= 0.005)  # fmt: skip
+    return f"{_training_case(result)}, forward and backward: {shown}"
 
 
 def _training_protocol(record: Record) -> list[str]:

@@ -376,7 +376,7 @@ def test_real_backends_agree(monkeypatch):
     config = load_recipe("quickstart_lora", overrides, tiny=True)
     cases = [*ALL, Case("ort", "bf16")]
     record = run_benchmark(
-        config, cases, steps=2, rounds=2, warmup_steps=1, threads=1, progress=False
+        config, cases, steps=2, rounds=2, warmup_steps=1, threads=1, profile_steps=2, progress=False
     )
     results = {(r["backend"], r["precision"]): r for r in record["results"]}
     for backend in ("eager", "ort"):
@@ -385,6 +385,8 @@ def test_real_backends_agree(monkeypatch):
         assert len(result["loss"]) == 5
         assert 0 < result["peak_gib"] < 20
         assert result["speedup_vs_eager"] > 0
+    assert results["eager", "fp32"]["profile"] is None
+    assert results["ort", "fp32"]["profile"]["shares"]["matrix_products"] > 0
     # A machine without a C++ compiler is no failure.
     assert results["compile", "fp32"]["status"] in ("ok", "unavailable"), results["compile", "fp32"]
     assert results["ort", "bf16"]["status"] in ("ok", "unavailable"), results["ort", "bf16"]

@@ -2,7 +2,8 @@
 
 `options` what can be chosen; `forward` takes over a module's training forward; `engine` is one
 exported graph; `upstream` imports ORTModule and mends it; `aten` runs torch operators for ONNX
-Runtime; `symbolics` and `gradients` are the operators that upstream lacks.
+Runtime; `symbolics` and `gradients` are the operators that upstream lacks; `profiling` says where a
+graph's time goes.
 """
 
 from ort_train.ortmodule.options import OrtOptions

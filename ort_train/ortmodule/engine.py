@@ -8,6 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -281,6 +282,16 @@ class Engine:
         """Whether a second run of the same call gives other numbers."""
         return self._is_stochastic
 
+    def end_profiling(self) -> tuple[Path, Any]:
+        """The file of what OrtOptions.profile_prefix asked for, whole now, and the graph that ran.
+
+        Returns:
+            path; onnx.GraphProto of forward and backward
+        """
+        session = self._training_manager._execution_agent._inference_session
+        graph = self._training_manager._onnx_models.optimized_model.graph
+        return Path(session.end_profiling()), graph
+
     @property
     def _training_manager(self) -> Any:
         return self._ort_module._torch_module._execution_manager(True)
@@ -395,6 +406,9 @@ class Engine:
             session_options.add_session_config_entry(
                 "session.intra_op.allow_spinning", str(int(options.allow_spinning))
             )
+            if options.profile_prefix is not None:
+                session_options.enable_profiling = True
+                session_options.profile_file_prefix = str(options.profile_prefix)
             return (session_options, *rest)
 
         build_graph = manager._build_graph

@@ -22,7 +22,9 @@ from ort_train.ortmodule import triton_fusion
 LogLevelName = Literal["verbose", "info", "warning", "error", "fatal"]
 _LOG_LEVELS = ("verbose", "info", "warning", "error", "fatal")
 _RECOMPUTE_LEVELS = {"none": 0, "layerwise": 1, "layerwise_compromised": 2}
-_PATHS = ("recompute_config", "triton_config", "tuning_results_path", "save_onnx_path")
+_PATHS = (
+    "recompute_config", "triton_config", "tuning_results_path", "save_onnx_path", "profile_prefix",
+)  # fmt: skip
 _CONV_SEARCHES = ("heuristic", "exhaustive")
 _PRODUCTS = ("auto", "onednn", "onnxruntime")
 _FUSIONS = ("none", "triton")
@@ -90,6 +92,9 @@ class OrtOptions:
     save_onnx: bool = False
     onnx_prefix: str = "model"
     save_onnx_path: str | None = None
+    #: Write how long each kernel took to a file that begins with this, one for each graph
+    #: (profiling.py reads them); it costs some microseconds a kernel.
+    profile_prefix: str | None = None
     log_level: LogLevelName = "error"
     #: Different input schemas that may be exported before the module's use is called a mistake.
     max_graphs: int = 16
@@ -152,6 +157,8 @@ class OrtOptions:
                 yield f"save_onnx_path={str(folder)!r} is not a writable folder"
             if not self.onnx_prefix:
                 yield "onnx_prefix is empty: save_onnx needs a name for its files"
+        if (prefix := paths.get("profile_prefix")) is not None and not Path(prefix).parent.is_dir():
+            yield f"profile_prefix={prefix!r}: {str(Path(prefix).parent)!r} is not a folder"
         for name in ("triton_config", "triton_debug"):
             if getattr(self, name) and self.fusion != "triton":
                 yield f"{name} is given but fusion is {self.fusion!r}: it would be ignored"
