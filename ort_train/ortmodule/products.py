@@ -245,6 +245,10 @@ def replace(proto: Any, is_bf16: bool) -> int:
                     )
             factors = [f"{name}/bf16" for name in factors]
         replaced.add(product.output)
+        if product.output not in graph.types:  # which can't be inferred of what torch runs
+            proto.value_info.append(
+                helper.make_tensor_value_info(product.output, TensorProto.FLOAT, None)
+            )
         operator = _operator(product.kind, product.a_t, product.b_t)
         bias = [product.bias] if product.bias else []
         nodes.append(node_of(operator, factors + bias, product.output))
