@@ -164,13 +164,19 @@ class EngineResult(_Section):
 
 
 class LogitParity(_Section):
-    """Distance to eager fp32 at the same prompts."""
+    """Distance to eager fp32 at the same prompts.
+
+    Of an engine with weights in four bits: to eager fp32 on the same weights.
+    """
 
     # After the prompt: rms of the differences, over the standard deviation of eager's logits; null
     # where one wasn't finite.
     logits_rel: float | None
     tolerance: float
     equal_tokens: list[int]  # of each row: generated tokens before the first that is another
+    # What rounding the weights changes: logits_rel of eager on them to eager on the original ones.
+    # Depends on the model and holds for no other; null where no weight is rounded.
+    rounding_rel: float | None = None
 
 
 class GenerationResult(EngineResult):

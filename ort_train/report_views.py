@@ -277,7 +277,8 @@ def _generation_protocol(record: Record) -> list[str]:
     return [
         f"{protocol['rounds']} interleaved rounds of a prompt and {protocol['new_tokens']} tokens "
         f"generated greedily, after {protocol['warmup']}; generation is the mean over those "
-        "tokens; differences are to eager fp32"
+        "tokens; differences are to eager fp32, of four bits to eager fp32 on the same rounded "
+        "weights, and rounding is what these change"
     ]
 
 
@@ -296,6 +297,7 @@ GENERATION = View(
         "load\ns": lambda r: number(r["load_s"], "{:.1f}"),
         "peak\nGiB": lambda r: number(r["peak_gib"], "{:.2f}"),
         "logits\nrel diff": lambda r: number(_parity(r, "logits_rel"), "{:.1e}"),
+        "rounding\nrel diff": lambda r: number(_parity(r, "rounding_rel"), "{:.1e}"),
         "tokens\nequal": lambda r: str(min(r["parity"]["equal_tokens"])) if r["parity"] else NONE,
         "status": lambda r: r["status"],
     },

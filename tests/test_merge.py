@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -111,6 +112,27 @@ def test_qlora_merges_onto_the_base_that_it_says(
     difference = (logits(merged) - logits(load_plain_peft(qlora_run))).abs().max()
     # The original base differs from what was trained by what quantization cost.
     assert difference < TOLERANCE if base == "dequantized" else 1e-3 < difference < 1
+
+
+def test_an_exported_qlora_run_computes_what_was_trained(qlora_run: Path, tmp_path: Path) -> None:
+    """The graph against the 4-bit base with its adapter, and against the merged model."""
+    from ort_train.inference import export_model
+    from ort_train.inference.session import DecoderSession
+
+    exported = export_model(qlora_run, tmp_path / "exported")
+    assert exported.info.kind == "fused"
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    decoding = DecoderSession(exported, 1).start(IDS[:, :16].tolist(), IDS.shape[1])
+    found = [decoding.logits.copy()]
+    found += [decoding.step(IDS[:, position]).copy() for position in range(16, IDS.shape[1])]
+    merge(qlora_run, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for model in (load_plain_peft(qlora_run), merged):
+        expected = logits(model)[:, 15:].numpy()
+        assert np.abs(np.stack(found, 1) - expected).max() < TOLERANCE
+    # Both the adapter and the 4 bits are in it.
+    base = logits(load_base(qlora_run))[:, 15:].numpy()
+    assert np.abs(np.stack(found, 1) - base).max() > 1e-3
 
 
 def test_a_local_base_is_quantized_in_loading_and_left_as_it_is(

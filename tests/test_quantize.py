@@ -157,7 +157,8 @@ def test_the_quantized_folder_computes_with_the_stored_weights(
     for tensor in model.graph.initializer:
         if tensor.name in weights:
             array = numpy_helper.to_array(tensor)
-            quantized = blockwise.quantize_int4(np.ascontiguousarray(array.T), 32, False)
+            rows = np.ascontiguousarray(array.T)
+            quantized = blockwise.quantize_int4(rows, scheme.block_size, False)
             rounded = np.ascontiguousarray(blockwise.dequantize_int4(quantized, len(array)).T)
             tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
     (tmp_path / "rounded" / "model.onnx.data").unlink()

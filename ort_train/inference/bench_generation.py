@@ -58,9 +58,14 @@ class Case:
 
 @dataclass
 class Run(CaseRun):
-    """A case of prompts and generation; `config` is what its worker is told."""
+    """A case of prompts and generation; `config` is what its worker is told.
+
+    Attributes:
+        on_own_weights: eager on the rounded weights of this engine, which it is held against.
+    """
 
     python: str = sys.executable
+    on_own_weights: Run | None = None
 
     @property
     def outputs(self) -> Path:
@@ -72,14 +77,31 @@ class Run(CaseRun):
         command = [self.python, "-m", f"ort_train.inference.{module}"]
         return Worker(self.files, timeout_s, command)
 
+    def run_once(self, folder: Path, timeout_s: float) -> None:
+        """One prompt and generation, for its outputs alone."""
+        folder.mkdir()
+        try:
+            self.prepare(folder, timeout_s)
+            if self.status == "ok":
+                self.finish()
+        finally:
+            self.kill()
+
     def request(self) -> dict[str, Any]:
         return {"engine": self.case.engine, "outputs": str(self.outputs), **self.config}
 
     def compare(self, reference: CaseRun) -> str | None:
         assert isinstance(reference, Run)
         tolerance = ENGINES[self.case.engine].tolerance
-        with np.load(self.outputs) as ours, np.load(reference.outputs) as theirs:
+        own = self.on_own_weights or reference
+        if own.status != "ok":
+            return f"nothing to compare with: eager on its weights is {own.status}: {own.reason}"
+        with np.load(self.outputs) as ours, np.load(own.outputs) as theirs:
             self.parity, problem = compare(dict(ours), dict(theirs), tolerance)
+            if own is not reference:
+                with np.load(reference.outputs) as original:
+                    rounding = _distance(theirs["logits"], original["logits"])
+                self.parity["rounding_rel"] = finite(rounding)
         return problem
 
 
@@ -97,7 +119,7 @@ def compare(
         The record's parity section, and what exceeds the tolerance (None: nothing does).
     """
     deviation = float(theirs["logits"].std())
-    error = float(np.sqrt(np.mean((ours["logits"] - theirs["logits"]) ** 2)) / deviation)
+    error = _distance(ours["logits"], theirs["logits"])
     equal = np.cumprod(ours["tokens"] == theirs["tokens"], axis=1).sum(axis=1)
     parity = {
         "logits_rel": finite(error),
@@ -123,6 +145,11 @@ def compare(
                 f"{gap:.2g} deviations below that of eager's choice (allowed {_TIE * tolerance:g})"
             )
     return parity, None
+
+
+def _distance(ours_BV: np.ndarray, theirs_BV: np.ndarray) -> float:
+    """The rms of the logits' differences, over the standard deviation of theirs."""
+    return float(np.sqrt(np.mean((ours_BV - theirs_BV) ** 2)) / theirs_BV.std())
 
 
 def run_benchmark(
@@ -168,6 +195,12 @@ def run_benchmark(
     _check(config, engines, batch_sizes, prompt_lens, new_tokens, rounds, threads, llamacpp_python)
     threads = threads or default_num_threads()  # one number for all, or the ratios say nothing
     folders = exports.make(model, [REFERENCE, *engines], llamacpp_python, tell)
+    rounded = {
+        weights: exports.make_rounded(model, weights, tell)
+        for weights in dict.fromkeys(
+            ENGINES[name].weights for name in engines if ENGINES[name].rounds_weights
+        )
+    }
     started_at, machine = records.now(), records.machine()
     runs: list[Run] = []
     shapes = list(product(batch_sizes, prompt_lens))
@@ -179,15 +212,19 @@ def run_benchmark(
         for batch_size, prompt_len in shapes:
             prompts = Path(folder) / f"{batch_size}x{prompt_len}.npy"
             np.save(prompts, _prompts(config["vocab_size"], batch_size, prompt_len))
+            shared = {"prompts": str(prompts), "new_tokens": new_tokens, "threads": threads}
+            on_rounded = {}
+            for weights, rounded_model in rounded.items():
+                reference = Case(REFERENCE, batch_size, prompt_len)
+                bar.set_description(f"{reference} on {weights} weights")
+                run = Run(reference, {"model": str(rounded_model.absolute()), **shared})
+                run.run_once(Path(folder) / f"{batch_size}x{prompt_len}-{weights}", timeout_s)
+                on_rounded[weights] = run
             group = [
                 Run(
                     Case(engine, batch_size, prompt_len),
-                    {
-                        "model": str(folders[engine].absolute()),
-                        "prompts": str(prompts),
-                        "new_tokens": new_tokens,
-                        "threads": threads,
-                    },
+                    {"model": str(folders[engine].absolute()), **shared},
+                    on_own_weights=on_rounded.get(ENGINES[engine].weights),
                     reference_only=engine not in engines,
                     python=(
                         str(llamacpp_python)

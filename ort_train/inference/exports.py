@@ -69,6 +69,25 @@ def make(
     return found
 
 
+def make_rounded(model: Path, weights: str, say: Callable[[str], None]) -> Path:
+    """The model with the weights that engines of rounded ones multiply by, for PyTorch.
+
+    Args:
+        model: a transformers folder.
+        weights: "int4" or "q4_0".
+        say: is told what is made, and what is found.
+    """
+    from ort_train.inference.rounded import write_rounded
+
+    out = folder_for(model, say) / f"rounded-{weights}"
+    if out.exists():
+        say(f"eager on {weights} weights: {out} is there already")
+    else:
+        say(f"eager on {weights} weights: writing {out}")
+        write_rounded(model, out, weights)
+    return out
+
+
 def _onnx(model: Path, precision: str, say: Callable[[str], None]) -> Path:
     from ort_train.inference.export import describe, export_model
 

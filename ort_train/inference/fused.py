@@ -141,15 +141,20 @@ class _Builder:
         plan, graph = self.plan, self._graph
         path, name = f"model.layers.{layer}.self_attn", f"/model/layers.{layer}/attn"
         projections = [f"{path}.{part}_proj" for part in "qkv"]
+        # Scores are scaled in the weights that queries come from. With 1 as the attention's own
+        # scale, ONNX Runtime multiplies a single query by the keys where they lie; with another it
+        # packs all keys into a buffer first (MlasSgemmOperation, sgemm.cpp: M == 1, alpha == 1).
+        scale = plan.head_dim**-0.5
         if plan.architecture.has_qk_norms:
             query, key, value = (
                 self._linear(normed, [projection], f"{name}/{part}_proj")
                 for part, projection in zip("qkv", projections, strict=True)
             )
-            query = self._head_norm(query, f"{path}.q_norm", f"{name}/q_norm")
+            query = self._head_norm(query, f"{path}.q_norm", f"{name}/q_norm", scale)
             key = self._head_norm(key, f"{path}.k_norm", f"{name}/k_norm")
         else:
-            query, key, value = self._linear(normed, projections, f"{name}/qkv_proj"), "", ""
+            query = self._linear(normed, projections, f"{name}/qkv_proj", scale)
+            key = value = ""
         cache = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
         window = plan.windows[layer]
         return graph.node(
@@ -160,7 +165,7 @@ class _Builder:
             MICROSOFT,
             num_heads=plan.num_heads,
             kv_num_heads=plan.num_kv_heads,
-            scale=float(plan.head_dim**-0.5),
+            scale=1.0,
             do_rotary=1,
             rotary_interleaved=0,
             # The kernel of 1.19 counts the keys before the query's own; see also `genai.py`.
@@ -207,7 +212,9 @@ class _Builder:
                 transB=1,
             )
         else:
-            weight = self._transposed(f"{head}.MatMul.weight", [f"{head}.weight"])
+            weight = self._joined(
+                f"{head}.MatMul.weight", [self._parameters[f"{head}.weight"].detach().T]
+            )
             logits = graph.node("MatMul", [normed, weight], product, result)
         if bias is not None:
             logits = graph.node(
@@ -221,19 +228,29 @@ class _Builder:
         inputs = [value, "last_index"]
         return self._graph.node("GatherND", inputs, f"{name}/last/GatherND", batch_dims=1)
 
-    def _linear(self, value: str, modules: list[str], name: str) -> str:
-        """One product with the weights of one or several linear modules side by side."""
+    def _linear(self, value: str, modules: list[str], name: str, first_scale: float = 1.0) -> str:
+        """One product with the weights of one or several linear modules side by side.
+
+        Args:
+            first_scale: a factor of the first module's outputs.
+        """
         graph, own = self._graph, name.strip("/").replace("/", ".")
-        weight = self._transposed(
-            f"{own}.MatMul.weight", [f"{module}.weight" for module in modules]
-        )
+        weights = [self._parameters[f"{module}.weight"].detach().T for module in modules]
+        weight = self._joined(f"{own}.MatMul.weight", weights, first_scale)
         product = graph.node("MatMul", [value, weight], f"{name}/MatMul")
         biases = [self._parameters.get(f"{module}.bias") for module in modules]
         if biases[0] is None:
             return product
-        joined = torch.cat([bias for bias in biases if bias is not None])
-        bias = graph.weight(f"{own}.Add.bias", self._array(joined))
+        found = [bias.detach() for bias in biases if bias is not None]
+        bias = self._joined(f"{own}.Add.bias", found, first_scale)
         return graph.node("Add", [product, bias], f"{name}/Add")
+
+    def _joined(self, name: str, tensors: list[torch.Tensor], first_scale: float = 1.0) -> str:
+        """An initializer of tensors side by side along their outputs, the last axis."""
+        if first_scale != 1.0:
+            tensors = [tensors[0] * first_scale, *tensors[1:]]
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1)
+        return self._graph.weight(name, self._array(joined))
 
     def _norm(self, value: str, module: str, name: str) -> str:
         """The first norm, which has no residual to add."""
@@ -268,9 +285,12 @@ class _Builder:
             names.append(self._weight(f"{module}.bias"))
         return names
 
-    def _head_norm(self, value: str, module: str, name: str) -> str:
-        """The norm of each head of (batch, sequence, heads x head size)."""
-        graph, weight = self._graph, self._weight(f"{module}.weight")
+    def _head_norm(self, value: str, module: str, name: str, scale: float = 1.0) -> str:
+        """The norm of each head of (batch, sequence, heads x head size), times a scale."""
+        graph = self._graph
+        weight = self._joined(
+            f"{module}.weight", [self._parameters[f"{module}.weight"].detach()], scale
+        )
         by_head = graph.constant([0, 0, -1, self.plan.head_dim], np.int64)
         heads = graph.node("Reshape", [value, by_head], f"{name}/Reshape_1")
         operator = "SimplifiedLayerNormalization"
@@ -283,12 +303,6 @@ class _Builder:
 
     def _weight(self, parameter: str) -> str:
         return self._graph.weight(parameter, self._array(self._parameters[parameter]))
-
-    def _transposed(self, name: str, parameters: list[str]) -> str:
-        """Weights (out, in) of linear modules, side by side as (in, out)."""
-        weights = [self._parameters[parameter].detach().T for parameter in parameters]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
-        return self._graph.weight(name, self._array(weight))
 
     def _array(self, tensor: torch.Tensor) -> np.ndarray:
         return tensor.detach().cpu().numpy().astype(self._dtype, copy=False)

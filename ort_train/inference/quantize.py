@@ -38,6 +38,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 #: Largest mean KL(fp32 || quantized), in nats a token: what raises a perplexity by 3%.
 MAX_KL = 0.03
+_EXACT_BLOCK_SIZE = 32
 # Rows of a weight that are quantized at a time.
 _CHUNK_BYTES = 64 * 2**20
 
@@ -49,7 +50,8 @@ class Scheme:
     Args:
         bits: int4: blocks of 4-bit numbers; int8: 8-bit columns, inputs quantized to 8 bits as they
             come; fp16: everything in half precision, inputs and outputs of the model as they were.
-        block_size: of int4, along the inputs.
+        block_size: of int4, along the inputs. Smaller ones are more exact, and slower: each block's
+            sum takes a step that isn't 8-bit arithmetic.
         symmetric: of int4: whether blocks have no zero point of their own.
         accuracy_level: of int4, what MatMulNBits multiplies in: 0 as its inputs (fp32), 1 fp32,
             2 fp16, 3 bf16, 4 int8. On CPUs 0 to 3 are fp32; 4 is fastest, rounds the inputs to
@@ -60,7 +62,7 @@ class Scheme:
     """
 
     bits: Literal["int4", "int8", "fp16"] = "int4"
-    block_size: int = 32
+    block_size: int = 128
     symmetric: bool = False
     accuracy_level: int = 4
 
@@ -187,6 +189,8 @@ def _check(comparison: Comparison, scheme: Scheme, max_kl: float) -> None:
         if scheme.bits == "int4":
             if scheme.accuracy_level == 4:
                 ways.insert(0, "compute in fp32 with --accuracy-level 0")
+            if scheme.block_size > _EXACT_BLOCK_SIZE:
+                ways.insert(0, f"use --block-size {_EXACT_BLOCK_SIZE}")
             ways.insert(0, "use --scheme int8")
         raise ModelError(
             f"{scheme}: the mean KL divergence to fp32 is {comparison.mean_kl:.4f} nats a token, "
@@ -234,16 +238,26 @@ def _products(graph: GraphProto) -> Iterator[_Product]:
         for tensor in graph.initializer
         if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
     }
+    # A traced graph multiplies by the transposed embedding where the output shares its weight.
+    transposed = {
+        node.output[0]: weights[node.input[0]]
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in weights
+    }
     for node in graph.node:
-        if node.op_type not in ("MatMul", "FusedMatMul", "Gemm") or node.input[1] not in weights:
+        if node.op_type not in ("MatMul", "FusedMatMul", "Gemm"):
+            continue
+        is_transposed = node.input[1] in transposed
+        weight = transposed.get(node.input[1]) if is_transposed else weights.get(node.input[1])
+        if weight is None:
             continue
         settings = {a.name: a.f if a.HasField("f") else a.i for a in node.attribute}
-        by_outputs = bool(settings.pop("transB", 0))
+        by_outputs = bool(settings.pop("transB", 0)) != is_transposed
         neutral = {"alpha": 1.0, "beta": 1.0}
         if any(value != neutral.get(name, 0) for name, value in settings.items()):
             continue  # scaled, or with its activation transposed
         bias = node.input[2] if len(node.input) > 2 else ""
-        yield _Product(node, weights[node.input[1]], by_outputs, bias)
+        yield _Product(node, weight, by_outputs, bias)
 
 
 def _write_quantized(
@@ -280,6 +294,8 @@ def _write_quantized(
                 nodes += made
                 layers.append(report)
                 bar.update(onnx_files.tensor_bytes(product.weight))
+        used = {name for node in nodes for name in node.input}
+        nodes = [one for one in nodes if one.op_type != "Transpose" or one.output[0] in used]
         used = {name for node in nodes for name in node.input}
         for tensor in graph.initializer:
             if tensor.name in used:

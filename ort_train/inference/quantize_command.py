@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="data.key=value", help="of the text that is read")
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
     add("--scheme", choices=BITS, default="int4", help="default: %(default)s")
-    add("--block-size", type=int, choices=BLOCK_SIZES, help="of int4 (default: 32)")
+    add("--block-size", type=int, choices=BLOCK_SIZES, help="of int4 (default: 128)")
     add("--symmetric", action="store_true", help="int4 without zero points: smaller, less exact")
     add(
         "--accuracy-level",
@@ -88,7 +88,7 @@ def _scheme(args: argparse.Namespace) -> Scheme:
             raise ConfigError(f"{ignored[0]} is of --scheme int4, not of {args.scheme}: remove it")
         return Scheme(args.scheme)
     level = 4 if args.accuracy_level is None else args.accuracy_level
-    return Scheme("int4", args.block_size or 32, args.symmetric, level)
+    return Scheme("int4", args.block_size or Scheme.block_size, args.symmetric, level)
 
 
 def _show(report: QuantizationReport, source: str | None, speeds: list[list[float]]) -> None:
