@@ -48,7 +48,7 @@ def schemes() -> dict[str, Any]:
     for symmetric in (False, True):
         for level in (0, 4):
             name = f"int4 {'sym' if symmetric else 'asym'}, level {level}"
-            found[name] = Scheme("int4", symmetric=symmetric, accuracy_level=level)
+            found[name] = Scheme("int4", 32, symmetric, level)
     found["int4 asym, level 4, block 128"] = Scheme("int4", block_size=128)
     return found
 
