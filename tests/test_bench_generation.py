@@ -14,6 +14,7 @@ import pytest
 
 from ort_train import record as records
 from ort_train import report
+from ort_train.backends import available
 from ort_train.cli import main
 from ort_train.errors import ConfigError, ExportError
 from ort_train.inference import bench_generation, exports, gguf_convert
@@ -94,6 +95,11 @@ def test_exports_are_kept_until_the_model_changes(model, tmp_path):
     said.clear()
     assert exports.make(copied, ["ort-fp32"], None, said.append)["ort-fp32"] == first["ort-fp32"]
     assert ["is there already" in line for line in said] == [True]
+    source = copied.with_name("model-exports") / "source.json"
+    source.write_text(json.dumps(json.loads(source.read_text()) | {"generation": 1}))
+    said.clear()
+    exports.make(copied, ["ort-fp32"], None, said.append)
+    assert any("or this program has" in line for line in said)
     weights = copied / "model.safetensors"
     os.utime(weights, ns=(1, 1))
     said.clear()
@@ -121,13 +127,52 @@ def test_all_problems_are_told_before_anything_is_made(model, tmp_path, monkeypa
     text = str(caught.value)
     for part in ("batch size 0", "rounds 0", "threads 0", "'ort-fp8'", "pip install"):
         assert part in text
-    assert "127 tokens and 2 new ones exceed max_position_embeddings 128" in text
+    assert "127 tokens and 2 new ones exceed the 128 positions" in text
     assert "prompt of 12 tokens" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     with pytest.raises(ConfigError, match=r"has no llama\.cpp"):
         run_benchmark(copied, ["llamacpp-f32"], [1], [12], llamacpp_python=sys.executable)
     with pytest.raises(ConfigError, match="can't be run"):
         run_benchmark(copied, ["llamacpp-f32"], [1], [12], llamacpp_python="no/such/python")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "is damaged"),
+        ("{}", "has no model_type and no vocab_size"),
+        ('{"model_type": "gpt2", "vocab_size": 9, "n_positions": 16}', "exceed the 16 positions"),
+    ],
+)
+def test_a_config_that_cannot_be(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=message):
+        run_benchmark(tmp_path, ["eager"], [1], [12], new_tokens=5)
+
+
+def test_compile_agrees(model, tmp_path):
+    """Twice, as rounds do: the second prompt begins with an emptied cache."""
+    can_run, reason = available("compile")
+    if not can_run:
+        pytest.skip(reason)
+    from ort_train.inference.generation_worker import make_session
+
+    prompts = np.random.default_rng(0).integers(0, 100, (2, 5))
+    np.save(tmp_path / "prompts.npy", prompts)
+    outputs = {}
+    for engine in ("eager", "compile"):
+        file = tmp_path / f"{engine}.npz"
+        session = make_session(
+            engine, str(model), str(tmp_path / "prompts.npy"), 3, None, str(file)
+        )
+        session.start()
+        outputs[engine] = dict(np.load(file))
+        again = session._generate(None)
+        assert np.array_equal(again[1], outputs[engine]["tokens"])
+        assert min(again[2:]) > 0
+    parity, problem = compare(outputs["compile"], outputs["eager"], ENGINES["compile"].tolerance)
+    assert problem is None
+    assert parity["equal_tokens"] == [3, 3]
 
 
 def test_the_short_name_stands_for_all_of_llamacpp():

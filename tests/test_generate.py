@@ -286,6 +286,14 @@ def test_a_cache_that_is_too_small_is_refused(pair: Pair) -> None:
     with pytest.raises(GenerationError, match="exceed max_position_embeddings"):
         session.start([[5]], MAX_POSITIONS + 1)
     decoding = session.start([[5, 6, 7], [8]], 4)
+    for tokens, message in (
+        ([9], r"shape \(1,\) should be one for each of 2 rows"),
+        ([9, -1], "token -1 is outside"),
+        ([9, 10**6], "token 1000000 is outside"),
+    ):
+        with pytest.raises(GenerationError, match=message):
+            decoding.step(tokens)
+    assert decoding.lengths == [3, 1]
     decoding.step([9, 9])
     assert decoding.lengths == [4, 2]
     with pytest.raises(GenerationError, match="the cache is full: it was made for 4 tokens"):

@@ -295,10 +295,10 @@ def _check(
     problems += [f"engine {name!r} is none of {', '.join(ENGINES)}" for name in unknown]
     if not engines:
         problems.append(f"no engine to measure: name some of {', '.join(ENGINES)}")
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))  # GPT-2's name
     problems += [
-        f"a prompt of {length} tokens and {new_tokens} new ones exceed max_position_embeddings "
-        f"{positions} of the model: leave that length out, or pass a smaller --new-tokens"
+        f"a prompt of {length} tokens and {new_tokens} new ones exceed the {positions} positions "
+        f"of the model: leave that length out, or pass a smaller --new-tokens"
         for length in prompt_lens
         if positions is not None and length + new_tokens > positions
     ]
@@ -330,10 +330,16 @@ def _python_problems(python: str | None) -> list[str]:
 
 
 def _read_config(model: Path) -> dict[str, Any]:
+    file = model / "config.json"
     try:
-        return json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{model / 'config.json'} is damaged: {error}") from None
+        raise ConfigError(f"{file} is damaged: {error}") from None
+    if missing := [name for name in ("model_type", "vocab_size") if name not in config]:
+        raise ConfigError(
+            f"{file} has no {' and no '.join(missing)}: it is no config of a language model"
+        )
+    return config
 
 
 def _num_parameters(model: Path) -> int:

@@ -20,8 +20,8 @@ from ort_train.perplexity import Reading
 if TYPE_CHECKING:
     from ort_train.inference.folder import ExportedModel
 
-#: Generated tokens of a turn, and turns of each model, in `decoding_speed`.
-_SPEED_STEPS, _SPEED_TURNS, _SPEED_PROMPT = 16, 5, 16
+#: Tokens of the prompt, as many generated ones, and turns of each model, in `decoding_speed`.
+_SPEED_TOKENS, _SPEED_TURNS = 16, 5
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,18 @@ def decoding_speed(
 
     sessions = [DecoderSession(model, num_threads) for model in models]
     speeds: list[list[float]] = [[] for _ in models]
-    prompt = [1] * _SPEED_PROMPT
+    positions = [model.info.max_positions or 2 * _SPEED_TOKENS for model in models]
+    num_tokens = min(_SPEED_TOKENS, min(positions) // 2)
+    prompt = [0] * num_tokens
     for turn in range(_SPEED_TURNS + 1):
         for index, session in enumerate(sessions):
-            decoding = session.start([prompt], _SPEED_PROMPT + _SPEED_STEPS)
+            decoding = session.start([prompt], 2 * num_tokens)
             began = time.perf_counter()
-            for _ in range(_SPEED_STEPS):
-                decoding.step([1])
+            for _ in range(num_tokens):
+                decoding.step([0])
             taken = time.perf_counter() - began
             if turn:  # the first warms up
-                speeds[index].append(_SPEED_STEPS / taken)
+                speeds[index].append(num_tokens / taken)
     return speeds
 
 

@@ -19,6 +19,8 @@ from ort_train.record import PACKAGE_ROOT, replacing
 from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
 _SOURCE_FILE = "source.json"
+# Raised when the same model would be exported as something else: earlier exports are made anew.
+_GENERATION = 2
 
 
 def locate(source: Path, say: Callable[[str], None]) -> Path:
@@ -128,13 +130,17 @@ def _gguf(model: Path, kind: str, python: str, say: Callable[[str], None]) -> Pa
 
 
 def folder_for(model: Path, say: Callable[[str], None]) -> Path:
-    """The folder of a model's exports, emptied when the model has changed since.
+    """The folder of a model's exports, emptied when the model or how it is exported has changed.
 
     Args:
         model: a folder; a pipeline's has a folder for each of its models.
     """
     folder = model.absolute().with_name(f"{model.absolute().name}-exports")
-    state = {"model": model.absolute().name, "files": _digest(model)}
+    state = {
+        "model": model.absolute().name,
+        "files": _digest(model),
+        "generation": _GENERATION,
+    }
     file = folder / _SOURCE_FILE
     if folder.exists():
         if not file.is_file():
@@ -144,7 +150,7 @@ def folder_for(model: Path, say: Callable[[str], None]) -> Path:
             )
         if json.loads(file.read_text()) == state:
             return folder
-        say(f"{model} has changed: its exports in {folder} are made anew")
+        say(f"{model} has changed, or this program has: exports in {folder} are made anew")
         shutil.rmtree(folder)
     folder.mkdir()
     with replacing(file) as temporary:

@@ -174,13 +174,16 @@ class _TorchSession(_Session):
             self.forward = torch.compile(self.model)
 
     def prompt(self) -> np.ndarray:
+        import torch
         from transformers import DynamicCache
 
         if self.static_cache is None:
             self.cache: Any = DynamicCache(config=self.model.config)
         else:
             self.cache = self.static_cache
-            self.cache.reset()
+            # Its tensors were made in inference mode, and may be changed in no other.
+            with torch.inference_mode():
+                self.cache.reset()
         return self._run(self.prompts_BT)
 
     def step(self, tokens_B: np.ndarray) -> np.ndarray:

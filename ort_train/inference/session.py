@@ -79,13 +79,7 @@ class DecoderSession:
                 f"max_position_embeddings {info.max_positions} of the model: shorten the prompt, "
                 "or generate fewer"
             )
-        lowest, highest = min(map(min, prompts)), max(map(max, prompts))
-        if lowest < 0 or highest >= info.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise GenerationError(
-                f"token {wrong} is outside the model's vocabulary of {info.vocab_size}: was the "
-                "prompt made with another tokenizer?"
-            )
+        _check_tokens(min(map(min, prompts)), max(map(max, prompts)), info.vocab_size)
 
 
 class Decoding:
@@ -137,8 +131,16 @@ class Decoding:
             `logits`.
 
         Raises:
-            GenerationError: the cache is full.
+            GenerationError: the cache is full, or these are no tokens of the model for its rows.
         """
+        tokens = np.asarray(tokens, np.int64)
+        if tokens.shape != self._lengths.shape:
+            raise GenerationError(
+                f"tokens of shape {tokens.shape} should be one for each of {len(self._lengths)} "
+                "rows"
+            )
+        # ONNX Runtime would take a negative one as counted from the vocabulary's end.
+        _check_tokens(int(tokens.min()), int(tokens.max()), self._info.vocab_size)
         if self._width == self._capacity:
             raise GenerationError(
                 f"the cache is full: it was made for {self._capacity} tokens, prompt included"
@@ -150,7 +152,7 @@ class Decoding:
         positions = self._lengths[:, None].astype(np.int64)
         self._width += 1
         self._lengths += 1
-        self._run(np.asarray(tokens, np.int64).reshape(-1, 1), positions)
+        self._run(tokens[:, None], positions)
         return self.logits
 
     @property
@@ -189,3 +191,12 @@ class Decoding:
             for past, present in zip(self._past, self._present, strict=True):
                 bindings.bind_ortvalue_input(past, values[present])
                 bindings.bind_output(present, _DEVICE)
+
+
+def _check_tokens(lowest: int, highest: int, vocab_size: int) -> None:
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise GenerationError(
+            f"token {wrong} is outside the model's vocabulary of {vocab_size}: was the prompt made "
+            "with another tokenizer?"
+        )
