@@ -150,20 +150,22 @@ def test_a_config_that_cannot_be(config, message, tmp_path):
         run_benchmark(tmp_path, ["eager"], [1], [12], new_tokens=5)
 
 
-def test_compile_agrees(model, tmp_path):
+@pytest.mark.slow
+def test_compile_agrees(tiny_llama, tmp_path):
     """Twice, as rounds do: the second prompt begins with an emptied cache."""
     can_run, reason = available("compile")
     if not can_run:
         pytest.skip(reason)
     from ort_train.inference.generation_worker import make_session
 
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     prompts = np.random.default_rng(0).integers(0, 100, (2, 5))
     np.save(tmp_path / "prompts.npy", prompts)
     outputs = {}
     for engine in ("eager", "compile"):
         file = tmp_path / f"{engine}.npz"
         session = make_session(
-            engine, str(model), str(tmp_path / "prompts.npy"), 3, None, str(file)
+            engine, str(tmp_path / "model"), str(tmp_path / "prompts.npy"), 3, None, str(file)
         )
         session.start()
         outputs[engine] = dict(np.load(file))
