@@ -265,6 +265,8 @@ def _result(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     }
     for baseline in (REFERENCE, "compile"):
         key = Case(baseline, case.batch_size, case.steps)
+        if baseline == case.engine != REFERENCE:
+            continue
         other = next((other for other in runs if other.case == key), None)
         ratios = paired_ratios(run, other, "batch_s")
         if ratios is not None:
