@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from datetime import timedelta
 
 from ort_train.errors import ConfigError, RankError
 
@@ -113,87 +112,48 @@ def check_port() -> None:
             ) from None
 
 
-class Roster:
-    """Where each rank of the process group lives, so that a lost one can be named."""
+def join(backend: str, timeout_s: int) -> None:
+    """Make the process group of a launch of several ranks on CPUs. Collective.
 
-    def __init__(self) -> None:
-        import torch
+    transformers leaves `ddp_timeout` out there (TrainingArguments._setup_devices, 4.57 to 5.23):
+    its group would wait for 30 minutes whatever was asked for. It takes over one that is there.
 
-        self._members: list[tuple[str, int]] = [(socket.gethostname(), os.getpid())]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            members: list[tuple[str, int]] = [("", 0)] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(members, self._members[0])
-            self._members = members
+    Args:
+        backend: torch.distributed's name of one, "gloo".
+        timeout_s: seconds that a rank waits for the others, here and in every later operation.
 
-    def lost(self) -> list[int]:
-        """The ranks of this host whose process has ended."""
-        host = socket.gethostname()
-        return [
-            number
-            for number, (where, pid) in enumerate(self._members)
-            if where == host and not _is_alive(pid)
-        ]
-
-    @contextlib.contextmanager
-    def watched(self, way_out: str) -> Iterator[None]:
-        """Turn a broken connection to another rank into an error that names the rank.
-
-        Raises:
-            RankError: in place of what torch.distributed raised.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if len(self._members) == 1 or not _is_broken_connection(error):
-                raise
-            if lost := self._wait_for_lost():
-                who = f"rank {', '.join(map(str, lost))} has died"
-            elif "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                who = (
-                    "a rank has not answered in time (train.ddp_timeout_s): it hangs, or its host "
-                    "is lost"
-                )
-            else:
-                who = (
-                    f"a rank on another host than {socket.gethostname()} has died or can't be "
-                    "reached; its own output says why"
-                )
-            raise RankError(f"rank {rank()} stops: {who}. {way_out}") from error
-
-    def _wait_for_lost(self, seconds: float = 2.0) -> list[int]:
-        """A connection can break a moment before the process at its other end is gone."""
-        import time
-
-        deadline = time.monotonic() + seconds
-        while not (lost := self.lost()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return lost
-
-
-def _is_alive(pid: int) -> bool:
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _is_broken_connection(error: RuntimeError) -> bool:
-    """gloo's words, and the types of torch's errors about NCCL and the store."""
+    Raises:
+        RankError: where the others don't come.
+    """
     import torch
 
-    kinds = tuple(
-        kind
-        for name in ("DistBackendError", "DistNetworkError")
-        if isinstance(kind := getattr(torch.distributed, name, None), type)
-    )
-    if isinstance(error, kinds):
-        return True
-    text = str(error).lower()
-    return any(
-        words in text for words in ("closed by peer", "connection reset", "broken pipe", "gloo/")
-    )
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    is_launched = world_size() > 1 and all(name in os.environ for name in names)
+    if not is_launched or torch.distributed.is_initialized():
+        return
+    try:
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except (torch.distributed.DistStoreError, torch.distributed.DistNetworkError) as error:
+        raise RankError(
+            f"rank {rank()} stops: not all of {world_size()} ranks came to "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout_s} s "
+            "(train.ddp_timeout_s, ddp_timeout of the arguments): the others' output says why"
+        ) from error
+
+
+def limit_waits(timeout_s: int) -> None:
+    """Set how long this rank waits for the others, in every process group that there is.
+
+    DeepSpeed makes groups of its own, which know torch's default only: 30 minutes over gloo, 10
+    over NCCL (deepspeed/comm/torch.py, new_group; up to 0.19).
+    """
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    c10d = torch.distributed.distributed_c10d
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def leave() -> None:

@@ -63,6 +63,7 @@ def run(config: RunConfig) -> JobResult:
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
     from ort_train.packing import check_model
+    from ort_train.roster import Roster
     from ort_train.samples import make_samples
     from ort_train.signals import StopOnSignal
 
@@ -103,7 +104,9 @@ def run(config: RunConfig) -> JobResult:
     record = _measure(config) if is_main and config.measure.baselines else None
     trainer = _make_trainer(config, model, samples, record, distiller)
     way_out = f"Continue from the last checkpoint in {str(out)!r} with output.resume=auto"
-    with StopOnSignal() as stop, distributed.Roster().watched(way_out):
+    roster = Roster()
+    # The signal's note outside: a launcher ends the survivors, who have a name to say first.
+    with StopOnSignal() as stop, roster.watched(way_out):
         trainer.add_callback(stop)
         _train(trainer, resume_from, out)
         if stop.stopped:
@@ -112,9 +115,10 @@ def run(config: RunConfig) -> JobResult:
         eval_loss = trainer.evaluate()["eval_loss"]
         perplexity = math.exp(min(eval_loss, 700.0))  # beyond, exp overflows
         _save_model(trainer, samples.tokenizer, out)
-    if is_main:
-        _report(config, trainer, record, eval_loss, perplexity)
-    distributed.leave()
+    with roster.watched(way_out):
+        if is_main:
+            _report(config, trainer, record, eval_loss, perplexity)
+        distributed.leave()
     return JobResult(out, perplexity, record)
 
 

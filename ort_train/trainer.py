@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
-from ort_train import batches, checkpoints, fingerprint
+from ort_train import batches, checkpoints, distributed, fingerprint
 from ort_train.backends import decision_of, runner_factory, savings
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
@@ -196,6 +196,8 @@ class ORTTrainer(Trainer):
         """As Trainer.training_step; stops on a loss that isn't finite, before it does harm."""
         self.speed.add_tokens(self._num_tokens(inputs))
         self._num_micro_batches += 1
+        if self._num_micro_batches == 1:  # DeepSpeed has made its process groups by now
+            distributed.limit_waits(self.args.ddp_timeout)
         if self.state.global_step != self._step_seen:
             self._micro_batch_of_step, self._step_seen = 0, self.state.global_step
         self._micro_batch_of_step += 1

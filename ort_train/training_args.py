@@ -344,6 +344,8 @@ def _post_init(arguments: Any, parent: type) -> None:
         arguments.use_cpu = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.ddp_backend is None:
             arguments.ddp_backend = "gloo"
+        if arguments.ddp_backend == "gloo":
+            distributed.join("gloo", arguments.ddp_timeout)
     fused = arguments.optim == ORTOptimizerNames.ADAMW_ORT_FUSED
     if fused:  # not a name that transformers knows
         arguments.optim = "adamw_torch_fused"
