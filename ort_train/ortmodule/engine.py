@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,6 +30,7 @@ from ort_train.ortmodule import (
     upstream,
 )
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
+from ort_train.ortmodule.constants import KnownTensor, PlainAttributes, same_values
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
 
@@ -106,7 +107,7 @@ def _buffers_kept(module: torch.nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for path, owner, name, buffer, value in saved:
-                if not _same_values(owner._buffers.get(name), value):
+                if not same_values(owner._buffers.get(name), value):
                     changed.append((path, owner))
                     owner._buffers[name] = buffer
                     buffer.copy_(value)
@@ -119,13 +120,6 @@ def _buffers_kept(module: torch.nn.Module) -> Iterator[None]:
             f"(module.get_submodule({part!r}).eval(), which freezes statistics as in most "
             "fine-tuning), or train with backend='compile' or 'eager'"
         )
-
-
-def _same_values(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
-    if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    equal = (found == expected) | ((found != found) & (expected != expected))  # NaN is NaN
-    return bool(equal.all())
 
 
 @contextlib.contextmanager
@@ -142,22 +136,6 @@ def _without_checkpointing(module: torch.nn.Module) -> Iterator[bool]:
     finally:
         for m in flagged:
             m.gradient_checkpointing = True
-
-
-class _KnownBuffer(NamedTuple):
-    """What a buffer was when it was last looked at."""
-
-    address: int
-    version: int
-    value: torch.Tensor
-
-    @classmethod
-    def of(cls, buffer: torch.Tensor) -> _KnownBuffer:
-        return cls(buffer.data_ptr(), buffer._version, buffer.detach().clone())
-
-    def is_untouched(self, buffer: torch.Tensor) -> bool:
-        """Quick, and false for some that are unchanged."""
-        return buffer.data_ptr() == self.address and buffer._version == self.version
 
 
 class Engine:
@@ -192,7 +170,8 @@ class Engine:
         self.awaits_backward = False
         self._parameter_ids: tuple[int, ...] = ()
         self._buffer_names: tuple[str, ...] = ()
-        self._constant_buffers: dict[str, _KnownBuffer] = {}
+        self._constant_buffers: dict[str, KnownTensor] = {}
+        self._attributes: PlainAttributes | None = None
         #: Seconds that export, gradient graph and session took.
         self.build_s = 0.0
         #: What the graph leaves out of a batch (sparsity.py).
@@ -248,7 +227,15 @@ class Engine:
             for name in self._buffer_names:
                 info._buffer_for_ort_runs[name] = buffers[name]
 
-    def changed_constant_buffer(self) -> str | None:
+    def changed_constant(self) -> str | None:
+        """What is constant in the graph and isn't what it was, in words, or None."""
+        if (name := self._changed_constant_buffer()) is not None:
+            return f"non-persistent buffer {name!r}"
+        if self._attributes is not None and (name := self._attributes.changed()) is not None:
+            return f"attribute {name!r}"
+        return None
+
+    def _changed_constant_buffer(self) -> str | None:
         """The name of a buffer that is constant in the graph and isn't what it was, or None.
 
         The exporter makes constants of non-persistent buffers.
@@ -261,10 +248,10 @@ class Engine:
             known = self._constant_buffers[name]
             if known.is_untouched(buffer):
                 continue
-            if not _same_values(buffer, known.value):
+            if not same_values(buffer, known.value):
                 return name
             # Written to, with the same values (DistributedDataParallel does so every step).
-            self._constant_buffers[name] = _KnownBuffer.of(buffer)
+            self._constant_buffers[name] = KnownTensor.of(buffer)
         return None
 
     @staticmethod
@@ -307,6 +294,7 @@ class Engine:
                 options = _with_recompute(options)
                 logger.info("gradient checkpointing is on: ONNX Runtime recomputes layer by layer")
             rng_state = torch.get_rng_state()
+            attributes = PlainAttributes(module)
             with upstream.export_scope(options, self._transform), _quiet_exporter():
                 with _training_flags_kept(module):  # upstream's constructor calls train()
                     self._ort_module = self._construct(options)
@@ -351,10 +339,12 @@ class Engine:
         self._buffer_names = tuple(n for n, _ in flattened.named_buffers() if n in graph_inputs)
         inputs = {name.removeprefix(_MODULE_PREFIX) for name in self._buffer_names}
         self._constant_buffers = {
-            name: _KnownBuffer.of(buffer)
+            name: KnownTensor.of(buffer)
             for name, buffer in module.named_buffers()
             if name not in inputs
         }
+        attributes.forget_changed()
+        self._attributes = attributes
         self.build_s = time.perf_counter() - started
         logger.info("built a training graph for %s in %.1f s", type(module).__name__, self.build_s)
         return outputs

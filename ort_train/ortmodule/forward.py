@@ -63,6 +63,7 @@ class OrtForward:
         self.original = original
         self.engines: dict[Any, Engine] = {}
         self._num_stale = 0
+        self._known_hooks: list[Any] = []
         self._are_logits_read = False
         self._accepts_use_cache = "use_cache" in inspect.signature(self.original).parameters
 
@@ -97,7 +98,7 @@ class OrtForward:
         key = (
             schema,
             tuple((p.requires_grad, p.dtype, p.shape) for p in parameters),
-            tuple(_traced_attributes(m) for m in module.modules()),
+            tuple(_traced_attributes(m, m is module) for m in module.modules()),
             self._are_logits_read,
             size_pattern(tensors),
         )
@@ -114,15 +115,16 @@ class OrtForward:
                     "before the next, set dropout to 0, or train without recomputation"
                 )
             engine = None
-        if engine is not None and (changed := engine.changed_constant_buffer()) is not None:
+        if engine is not None and (changed := engine.changed_constant()) is not None:
             del self.engines[key]
             self._num_stale += 1
             if self._num_stale >= self.options.max_graphs:
                 raise UnsupportedModelError(
-                    f"non-persistent buffer {changed!r} of {type(module).__name__} is constant in "
-                    f"a graph, and changed {self._num_stale} times (limit max_graphs): register "
-                    "it with persistent=True, which makes it an input"
+                    f"{changed} of {type(module).__name__} is constant in a graph, and changed "
+                    f"{self._num_stale} times (limit max_graphs): make it a buffer with "
+                    "persistent=True, or an argument of forward that is a tensor"
                 )
+            logger.info("%s has changed: its training graph is built anew", changed)
             engine = None
         if engine is None:
             engine = self._new_engine(key, schema)
@@ -201,6 +203,10 @@ class OrtForward:
         if self._are_logits_read:
             options = replace(options, label_sparsity=False)
         engine = Engine(self.module, self.original, schema, options, self.precision)
+        # Their ids are in the key, and must not become others'.
+        self._known_hooks += [
+            hook for part in self.module.modules() for hook in _forward_hooks(part)
+        ]
         self.engines[key] = engine
         return engine
 
@@ -218,9 +224,19 @@ class OrtForward:
 _TRACED_ATTRIBUTES = ("p", "dropout", "attention_dropout", "gradient_checkpointing")
 
 
-def _traced_attributes(module: torch.nn.Module) -> tuple[Any, ...]:
+def _traced_attributes(module: torch.nn.Module, is_whole: bool) -> tuple[Any, ...]:
     attributes = module.__dict__
-    return (module.training, *(attributes.get(name) for name in _TRACED_ATTRIBUTES))
+    # Those of the whole module are called around the graph.
+    hooks = () if is_whole else _forward_hooks(module)
+    return (
+        module.training,
+        *(attributes.get(name) for name in _TRACED_ATTRIBUTES),
+        *map(id, hooks),
+    )
+
+
+def _forward_hooks(module: torch.nn.Module) -> tuple[Any, ...]:
+    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
 
 
 def _refuse_half_precision(module: torch.nn.Module) -> None:

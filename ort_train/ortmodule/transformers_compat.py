@@ -32,6 +32,11 @@ def export_scope(module: torch.nn.Module) -> Iterator[None]:
             # "eager" loops over the experts that this batch hits (`integrations/moe.py`, 5.0 and
             # later); the grouped form sorts the tokens by expert, for any routing.
             _set(stack, config, "_experts_implementation_internal", "grouped_mm")
+        for part in module.modules():
+            for key, hook in part._forward_hooks.items():
+                if getattr(hook, "__name__", "") == "neftune_post_forward_hook":
+                    stack.callback(part._forward_hooks.__setitem__, key, hook)
+                    part._forward_hooks[key] = _noisy_embeddings
         _patch(stack, "integrations.moe", "_grouped_linear", _grouped_linear)
         for replacement in experts.replacements(module, _version()):
             _replace(stack, *replacement)
@@ -47,6 +52,20 @@ def export_scope(module: torch.nn.Module) -> Iterator[None]:
             _patch(stack, "masking_utils", "_vmap_for_bhqkv", _broadcast_mask)
             _patch(stack, "masking_utils", "TransformGetItemToIndex", contextlib.nullcontext)
         yield
+
+
+def _noisy_embeddings(module: Any, inputs: Any, embeddings_BTH: torch.Tensor) -> torch.Tensor:
+    """`integrations/neftune.py`, neftune_post_forward_hook, with the noise of each batch's length.
+
+    That one's would be of the first batch's, in numbers that no graph draws (`uniform_` between
+    tensors).
+    """
+    if not module.training:
+        return embeddings_BTH
+    num = embeddings_BTH.new_ones(()) * embeddings_BTH.shape[1] * embeddings_BTH.shape[2]
+    bound = module.neftune_noise_alpha / torch.sqrt(num)
+    noise = torch.rand(embeddings_BTH.shape, device=embeddings_BTH.device) * 2 - 1
+    return embeddings_BTH + noise.to(embeddings_BTH.dtype) * bound
 
 
 def _version() -> tuple[int, int]:

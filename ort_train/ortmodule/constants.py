@@ -1,0 +1,165 @@
+"""What a graph holds as constants, and whether the module still says the same.
+
+Parameters and persistent buffers are inputs of a graph. Everything else that a forward reads is
+constant in it: non-persistent buffers, and the numbers, words and tensors that are plain attributes
+of modules and their configs. A graph whose constants have changed is built anew.
+
+Not seen are attributes that the forward itself writes, attributes that came after the graph, and
+what lies deeper than one list or dictionary of numbers: in objects of the user's own, in closures,
+in global variables.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+_PLAIN = (int, float, bool, str, type(None), torch.dtype)
+#: Containers with more entries are no settings, but tables.
+_MAX_ENTRIES = 32
+_GONE = object()
+#: torch's own of every module (`training` is in a graph's key), and transformers' that change in
+#: training and change no number: a training graph never has a cache.
+_NOT_OF_THE_FORWARD = frozenset((*torch.nn.Module().__dict__, "use_cache", "warnings_issued"))
+
+
+class KnownTensor(NamedTuple):
+    """What a tensor was when it was last looked at."""
+
+    address: int
+    version: int
+    value: torch.Tensor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> KnownTensor:
+        return cls(tensor.data_ptr(), tensor._version, tensor.detach().clone())
+
+    def is_untouched(self, tensor: torch.Tensor) -> bool:
+        """Quick, and false for some that are unchanged."""
+        return tensor.data_ptr() == self.address and tensor._version == self.version
+
+
+def same_values(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    """Whether a tensor is as expected, to the bit; NaN is NaN."""
+    if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    equal = (found == expected) | ((found != found) & (expected != expected))
+    return bool(equal.all())
+
+
+class PlainAttributes:
+    """The plain attributes of a module's parts and configs, as they were."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._owners = [_Owner(path, attributes) for path, attributes in _attributes_of(module)]
+
+    def forget_changed(self) -> None:
+        """Leave out, from now on, what isn't what it was: the forward itself writes it."""
+        for owner in self._owners:
+            owner.forget_changed()
+
+    def changed(self) -> str | None:
+        """The path of one that isn't what it was, or None."""
+        for owner in self._owners:
+            if not owner.is_untouched() and (name := owner.changed()) is not None:
+                return f"{owner.path}.{name}".lstrip(".")
+        return None
+
+
+class _Owner:
+    """A module's or config's own attributes."""
+
+    def __init__(self, path: str, attributes: dict[str, Any]) -> None:
+        self.path = path
+        self._attributes = attributes
+        self._known = {
+            name: _snapshot(value)
+            for name, value in attributes.items()
+            if name not in _NOT_OF_THE_FORWARD and _is_setting(value)
+        }
+        self._index()
+
+    def _index(self) -> None:
+        values = {name: self._attributes.get(name) for name in self._known}
+        plain = [name for name, value in values.items() if type(value) in _PLAIN]
+        self._others = [name for name in values if name not in plain]
+        # Two names at least, for itemgetter to return a tuple.
+        self._get = operator.itemgetter(*plain, *plain[:1]) if plain else _nothing
+        self._values: tuple[Any, ...] = self._get(self._attributes)
+
+    def is_untouched(self) -> bool:
+        """Quick, and false for some that are unchanged."""
+        try:
+            found = self._get(self._attributes)
+        except KeyError:
+            return False
+        return all(map(operator.is_, found, self._values)) and all(
+            _is_same(self._attributes.get(name), self._known[name]) for name in self._others
+        )
+
+    def changed(self) -> str | None:
+        for name, known in self._known.items():
+            if not _is_same(self._attributes.get(name, _GONE), known):
+                return name
+        self._known = {name: _snapshot(self._attributes[name]) for name in self._known}
+        self._index()
+        return None
+
+    def forget_changed(self) -> None:
+        self._known = {
+            name: known
+            for name, known in self._known.items()
+            if _is_same(self._attributes.get(name, _GONE), known)
+        }
+        self._index()
+
+
+def _nothing(attributes: dict[str, Any]) -> tuple[Any, ...]:
+    return ()
+
+
+def _attributes_of(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        yield path, part.__dict__
+        for name, value in list(part.__dict__.items()):
+            # transformers' and peft's configs, and others like them.
+            is_config = name == "config" or name.endswith("_config")
+            if (
+                is_config
+                and name != "generation_config"
+                and hasattr(value, "__dict__")
+                and id(value) not in seen
+            ):
+                seen.add(id(value))
+                yield f"{path}.{name}".lstrip("."), value.__dict__
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        return len(value) <= _MAX_ENTRIES and all(type(each) in _PLAIN for each in value)
+    return type(value) in _PLAIN or isinstance(value, torch.Tensor)
+
+
+def _snapshot(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return KnownTensor.of(value)
+    return copy.copy(value) if isinstance(value, dict | list) else value
+
+
+def _is_same(found: Any, known: Any) -> bool:
+    if isinstance(known, KnownTensor):
+        return isinstance(found, torch.Tensor) and (
+            known.is_untouched(found) or same_values(found, known.value)
+        )
+    if found is known:
+        return True
+    if type(found) is not type(known):
+        return False
+    return repr(found) == repr(known)  # which tells 1 from True, and takes NaN for NaN

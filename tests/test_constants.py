@@ -1,0 +1,176 @@
+"""What a graph holds as constants is followed when the user changes it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ort_train import OrtOptions, unwrap, wrap
+from ort_train.errors import UnsupportedModelError
+from ort_train.forward import taken_over
+from ort_train.ortmodule.constants import PlainAttributes
+
+MakeModel = Callable[..., Any]
+X = torch.linspace(-1, 1, 12).reshape(4, 3)
+
+
+class _Part(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3)
+        self.scale = torch.tensor(1.5)
+        self.temperature = 0.5
+        self.rates = {"a": 2.0}
+        self.num_calls = 0
+        self.seen: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        self.seen = x.detach()
+        return self.linear(x) * self.scale / self.temperature * self.rates["a"]
+
+
+class _Whole(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.part = _Part()
+        self.config = type("Config", (), {})()
+        self.config.shift = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.part(x) + self.config.shift).square().mean()
+
+
+def num_graphs_built(module: torch.nn.Module) -> int:
+    stand_in = taken_over(module)
+    assert stand_in is not None
+    runner = stand_in.runner._original
+    return len(runner.engines) + runner._num_stale
+
+
+def assert_as_eager(module: torch.nn.Module) -> None:
+    expected = unwrap(copy.deepcopy(module))(X)
+    # A loss near 10 in fp32, summed in another order.
+    torch.testing.assert_close(module(X), expected, atol=1e-5, rtol=0)
+
+
+def _replace_tensor(module: Any) -> None:
+    module.part.scale = torch.tensor(2.0)
+
+
+def _write_tensor(module: Any) -> None:
+    module.part.scale.mul_(3)
+
+
+def _drop_tensor(module: Any) -> None:
+    module.part.scale = 4
+
+
+def _set_number(module: Any) -> None:
+    module.part.temperature = 0.25
+
+
+def _set_entry(module: Any) -> None:
+    module.part.rates["a"] = 3.0
+
+
+def _set_config(module: Any) -> None:
+    module.config.shift = 2
+
+
+def _add_hook(module: Any) -> None:
+    module.part.linear.register_forward_hook(lambda part, args, output: output + 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_tensor, _write_tensor, _drop_tensor, _set_number, _set_entry, _set_config,
+        _add_hook,
+    ],
+)  # fmt: skip
+def test_a_change_between_steps_is_followed(change: Callable[[Any], None]) -> None:
+    module = wrap(_Whole(), backend="ort")
+    assert_as_eager(module)
+    before = module(X).item()
+    change(module)
+    assert_as_eager(module)
+    assert module(X).item() != before
+    assert num_graphs_built(module) == 2
+
+
+def test_what_says_the_same_needs_no_new_graph() -> None:
+    """As does what the forward writes itself: counters, and what it keeps for others to look at."""
+    module = wrap(_Whole(), backend="ort")
+    for _ in range(3):
+        module(X)
+        module.part.scale = module.part.scale.clone()
+        module.part.temperature = float("0.5")
+        module.part.rates = dict(module.part.rates)
+    assert num_graphs_built(module) == 1
+
+
+def test_a_change_in_every_step_is_an_error_after_max_graphs() -> None:
+    module = wrap(_Whole(), backend="ort", options=OrtOptions(max_graphs=2))
+    for temperature in (1.0, 2.0):
+        module.part.temperature = temperature
+        module(X)
+    module.part.temperature = 3.0
+    with pytest.raises(UnsupportedModelError, match=r"'part\.temperature'.*persistent=True"):
+        module(X)
+
+
+def test_numbers_are_told_from_equal_ones_of_other_types_and_nan_from_nothing() -> None:
+    module = torch.nn.Module()
+    module.value, module.none, module.rest = 1, None, [1, math.nan]
+    attributes = PlainAttributes(module)
+    assert attributes.changed() is None
+    module.rest = [1, math.nan]
+    assert attributes.changed() is None
+    module.value = True
+    assert attributes.changed() == "value"
+    module.value, module.none = 1, torch.ones(2)
+    assert attributes.changed() == "none"
+    del module.none
+    assert attributes.changed() == "none"
+
+
+@pytest.mark.parametrize("length", [8, 32])
+def test_noise_of_neftune_is_that_of_each_batchs_length(length: int) -> None:
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    module: Any = torch.nn.Sequential(torch.nn.Embedding(10, 16))
+    torch.nn.init.zeros_(module[0].weight)
+    module[0].neftune_noise_alpha = 5.0
+    module[0].register_forward_hook(neftune_post_forward_hook)
+    wrap(module, backend="ort")
+    module(torch.zeros(2, 5, dtype=torch.long))  # the graph's first batch
+    ids = torch.zeros(64, length, dtype=torch.long)
+    noise, other = module(ids).detach(), module(ids).detach()
+    bound = 5 / math.sqrt(length * 16)
+    assert noise.abs().max() <= bound
+    # Uniform in +-bound: variance bound^2 / 3, whose relative standard error over n values is
+    # sqrt(0.8 / n), 1% for the fewest here (64 x 8 x 16); 5 of them.
+    assert noise.var().item() == pytest.approx(bound**2 / 3, rel=0.05)
+    assert abs(noise.mean().item()) < 5 * bound / math.sqrt(3 * noise.numel())
+    assert not torch.equal(noise, other)
+
+
+def test_neftune_goes_with_its_hook(tiny_llama: MakeModel) -> None:
+    from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+
+    model = tiny_llama()
+    ids = torch.arange(24).reshape(2, 12)
+    plain = wrap(model, backend="ort")(input_ids=ids, labels=ids).loss.item()
+    handle = activate_neftune(model, 100.0)
+    noisy = {model(input_ids=ids, labels=ids).loss.item() for _ in range(3)}
+    assert len(noisy) == 3
+    assert plain not in noisy
+    deactivate_neftune(model, handle)
+    assert model(input_ids=ids, labels=ids).loss.item() == plain
