@@ -53,6 +53,13 @@ CASES = {
     "qlora_double_quant": Case(
         "bench_llama_1024_qlora", "growth", 1.05, ("adapter.double_quant=true",)
     ),
+    "qlora_fp4": Case("bench_llama_1024_qlora", "growth", 1.05, ("adapter.quant_type=fp4",)),
+    "qlora_fp4_double_quant": Case(
+        "bench_llama_1024_qlora",
+        "growth",
+        1.05,
+        ("adapter.quant_type=fp4", "adapter.double_quant=true"),
+    ),
 }
 
 
