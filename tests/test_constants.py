@@ -142,7 +142,9 @@ def test_numbers_are_told_from_equal_ones_of_other_types_and_nan_from_nothing() 
 
 
 @pytest.mark.parametrize("length", [8, 32])
-def test_noise_of_neftune_is_that_of_each_batchs_length(length: int) -> None:
+def test_noise_of_neftune_is_that_of_each_batchs_length(
+    length: int, caplog: pytest.LogCaptureFixture
+) -> None:
     from transformers.integrations.neftune import neftune_post_forward_hook
 
     module: Any = torch.nn.Sequential(torch.nn.Embedding(10, 16))
@@ -160,6 +162,21 @@ def test_noise_of_neftune_is_that_of_each_batchs_length(length: int) -> None:
     assert noise.var().item() == pytest.approx(bound**2 / 3, rel=0.05)
     assert abs(noise.mean().item()) < 5 * bound / math.sqrt(3 * noise.numel())
     assert not torch.equal(noise, other)
+    assert "a resumed run draws other than one that goes on" in caplog.text
+
+
+def test_noise_of_neftune_follows_the_seed_from_run_to_run(tiny_llama: MakeModel) -> None:
+    from transformers.integrations.neftune import activate_neftune
+
+    def losses() -> list[float]:
+        model = tiny_llama()
+        activate_neftune(model, 100.0)
+        wrap(model, backend="ort")
+        torch.manual_seed(5)
+        return [model(input_ids=ids, labels=ids).loss.item() for _ in range(3)]
+
+    ids = torch.arange(24).reshape(2, 12)
+    assert losses() == losses()
 
 
 def test_neftune_goes_with_its_hook(tiny_llama: MakeModel) -> None:

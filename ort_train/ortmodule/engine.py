@@ -36,10 +36,15 @@ from ort_train.ortmodule.options import OrtOptions
 
 logger = logging.getLogger(__name__)
 
-_STOCHASTIC_OPERATORS = frozenset(
-    {"Dropout", "BitmaskDropout", "BiasDropout", "BitmaskBiasDropout", "RandomUniformLike",
-     "RandomNormalLike", "RandomUniform", "RandomNormal", "Bernoulli", "Multinomial"}
+#: Of which ONNX Runtime seeds each node when the session is built (`generator/random.h`); dropout
+#: follows `set_seed` in every step.
+_SEEDED_ONCE = frozenset(
+    {"RandomUniformLike", "RandomNormalLike", "RandomUniform", "RandomNormal", "Bernoulli",
+     "Multinomial"}
 )  # fmt: skip
+_STOCHASTIC_OPERATORS = _SEEDED_ONCE | {
+    "Dropout", "BitmaskDropout", "BiasDropout", "BitmaskBiasDropout"
+}  # fmt: skip
 
 
 def default_num_threads() -> int:
@@ -316,10 +321,14 @@ class Engine:
                     who = f"backend 'ort' can't train {type(module).__name__}"
                     raise explained(error, who) from error
         manager = self._training_manager
-        self._is_stochastic = any(
-            node.op_type in _STOCHASTIC_OPERATORS
-            for node in manager._onnx_models.optimized_model.graph.node
-        )
+        operators = {node.op_type for node in manager._onnx_models.optimized_model.graph.node}
+        self._is_stochastic = not operators.isdisjoint(_STOCHASTIC_OPERATORS)
+        if once := operators & _SEEDED_ONCE:
+            logger.warning(
+                "ONNX Runtime seeds %s when a graph is built: the noise follows torch's seed from "
+                "run to run, but a resumed run draws other than one that goes on",
+                ", ".join(sorted(once)),
+            )
         self._recomputes_dropout = self._is_stochastic and (
             options.recompute != "none" or options.recompute_config is not None
         )
