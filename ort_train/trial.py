@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 #: Timed passes over the trial batches, the candidates taking turns.
 NUM_ROUNDS = 3
-#: Further ones, while another candidate may be as fast as the leader.
+#: Rounds while another candidate may be as fast as the leader, and the seconds that the further
+#: ones take: of short steps there are more, as each of them says less.
 MAX_ROUNDS = 15
-MAX_FURTHER_S = 30.0
+MIN_FURTHER_S, MAX_FURTHER_S = 2.0, 30.0
 # What may separate the choice from the best: a candidate that came this near to the leader in a
 # fifth of the rounds isn't decided yet.
 _CLOSE = 1.03
@@ -246,11 +248,11 @@ class Trial:
         samples: dict[Candidate, list[float]] = {candidate: [] for candidate in self._runners}
         contenders = list(self._runners)
         began, spent_s = time.perf_counter(), 0.0
-        while len(samples[contenders[0]]) < MAX_ROUNDS:
-            num_rounds = len(samples[contenders[0]])
+        for num_rounds in itertools.count():
             if num_rounds >= NUM_ROUNDS:
                 contenders = _contenders(samples, contenders)
-                if len(contenders) == 1 or spent_s > MAX_FURTHER_S:
+                has_enough = num_rounds >= MAX_ROUNDS and spent_s >= MIN_FURTHER_S
+                if len(contenders) == 1 or has_enough or spent_s > MAX_FURTHER_S:
                     break
             if num_rounds == NUM_ROUNDS:
                 began = time.perf_counter()

@@ -703,6 +703,35 @@ def test_unsupported_model_is_named_before_any_weight_changed(tmp_path: Path):
     assert not isinstance(model, PreTrainedModel)
 
 
+# --- adamw_ort_fused ---
+
+
+def test_adamw_ort_fused_is_adamw(
+    tiny_llama: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """On a CPU: the definition of Loshchilov and Hutter (2019), in fp64."""
+    settings = {"optim": "adamw_ort_fused", "weight_decay": 0.1, "adam_beta1": 0.8}
+    trainer = ort_trainer(tiny_llama(), tmp_path, adam_beta2=0.95, adam_epsilon=1e-6, **settings)
+    kind, arguments = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    assert "on CPU this is torch's fused AdamW" in caplog.text
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(40, generator=generator))
+    expected = weight.detach().double()
+    mean, square = torch.zeros_like(expected), torch.zeros_like(expected)
+    optimizer = kind([weight], weight_decay=0.1, **arguments)
+    rate = trainer.args.learning_rate
+    for step in range(1, 6):
+        weight.grad = torch.randn(40, generator=generator)
+        optimizer.step()
+        gradient = weight.grad.double()
+        mean = 0.8 * mean + 0.2 * gradient
+        square = 0.95 * square + 0.05 * gradient**2
+        update = (mean / (1 - 0.8**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-6)
+        expected = expected * (1 - rate * 0.1) - rate * update
+    # Weights near 1 in fp32 are rounded by 6e-8 in each of five steps.
+    torch.testing.assert_close(weight.detach().double(), expected, atol=5e-7, rtol=0)
+
+
 # --- what auto chooses ---
 
 
