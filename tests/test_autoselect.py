@@ -408,6 +408,42 @@ def test_refused_sparsity_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
     assert all("padding" in chosen.rejected[name] for name in refused)
 
 
+# --- ranks ---
+
+
+def test_what_another_rank_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    """All ranks choose from the same, by the mean of their times."""
+    times(monkeypatch, eager=2.0, ort=1.0)
+    monkeypatch.setattr(
+        trial,
+        "_among_ranks",
+        lambda values, device, how: [0.0 for _ in values] if how == "min" else list(values),
+    )
+    module = wrap(_Net(), backend="auto")
+    train(module, 3)
+    chosen = decision(module)
+    assert chosen is not None
+    assert chosen.backend == "eager"
+    assert chosen.rejected == {"ort fp32": "another rank can't run it"}
+
+
+def test_times_of_all_ranks_decide(monkeypatch: pytest.MonkeyPatch):
+    times(monkeypatch, eager=2.0, ort=1.0)  # here; on the other rank ort took 5 and eager 2
+
+    def mean(values: Any, device: Any, how: str) -> list[float]:
+        here = list(values)
+        there = {1.0: 5.0}
+        return here if how == "min" else [(v + there.get(v, v)) / 2 for v in here]
+
+    monkeypatch.setattr(trial, "_among_ranks", mean)
+    module = wrap(_Net(), backend="auto")
+    train(module, 3)
+    chosen = decision(module)
+    assert chosen is not None
+    assert chosen.backend == "eager"
+    assert chosen.step_ms == {"eager fp32": 2.0, "ort fp32": 3.0}
+
+
 # --- timing ---
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ort_train import bench_run, bench_turns, benchmark, report
+from ort_train import bench_run, bench_turns, benchmark, candidates, report
 from ort_train import record as records
 from ort_train.bench_process import Worker, WorkerError
-from ort_train.benchmark import Case, run_benchmark
+from ort_train.benchmark import Case, precisions_here, run_benchmark
 from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
 from ort_train.parity import TOLERANCES, Trajectory, judge, worst_gradient
@@ -298,6 +298,14 @@ class TestParity:
         save_file({}, tmp_path / "none.safetensors")
         path = tmp_path / "none.safetensors"
         assert worst_gradient(path, path) == (0.0, None)
+
+
+def test_precision_auto_is_measured_in_all_that_it_may_choose(monkeypatch):
+    monkeypatch.setattr(candidates, "no_bf16", lambda device_type: None)
+    assert precisions_here("auto") == ("fp32", "bf16")
+    monkeypatch.setattr(candidates, "no_bf16", lambda device_type: "none here")
+    assert precisions_here("auto") == ("fp32",)
+    assert precisions_here("bf16") == ("bf16",)  # asked for by name
 
 
 def test_dropout_is_switched_off_everywhere():
