@@ -129,7 +129,7 @@ def test_labels_as_eager(architecture: Architecture):
 
 
 @pytest.mark.parametrize("architecture", language_models())
-def test_padding_as_eager(architecture: Architecture):
+def test_padding_as_eager(architecture: Architecture, caplog: pytest.LogCaptureFixture):
     eager = architectures.make_model(architecture)
     ours = wrap(copy.deepcopy(eager), "ort", options=BOTH)
     inputs = make_batch(architecture, 2, 12, seed=0)
@@ -147,6 +147,7 @@ def test_padding_as_eager(architecture: Architecture):
     assert_as_eager(eager, ours, flipped(architecture, make_batch(architecture, 1, 9, seed=2)))
     (engine,) = engines(ours)
     assert engine.savings.flops_per_padding > 3 * 2 * 32 * 32
+    assert ("the decoder's is computed" in caplog.text) == (architecture.task == "seq2seq")
 
 
 @pytest.mark.parametrize("options", [LABELS, PADDING, BOTH], ids=["labels", "padding", "both"])

@@ -134,16 +134,21 @@ def convolution_weight_grad(
 def pack_rows(input: torch.Tensor, rows: torch.Tensor, grid: list[int]) -> torch.Tensor:
     """Chosen rows of a tensor; its gradient is :func:`unpack_rows`.
 
+    All rows are copied in one piece. They can't be returned as they are: ONNX Runtime, which
+    doesn't know that the two share memory, would give the input's to another tensor.
+
     Args:
         input: (*grid, ...).
-        rows: (N,) indices into the flattened grid, each once.
+        rows: (N,) indices into the flattened grid, ascending, each once.
         grid: [B, T] or [B·T].
 
     Returns:
         (1, N, ...) for a grid of two axes, (N, ...) for one.
     """
     flat = input.flatten(0, len(grid) - 1)
-    if input.device.type == "cpu":
+    if rows.numel() == flat.shape[0]:
+        chosen = flat.clone()
+    elif input.device.type == "cpu":
         chosen = torch.from_numpy(flat.numpy().take(rows.numpy(), 0))
     else:
         chosen = flat.index_select(0, rows)
@@ -154,6 +159,8 @@ def pack_rows(input: torch.Tensor, rows: torch.Tensor, grid: list[int]) -> torch
 def unpack_rows(input: torch.Tensor, rows: torch.Tensor, grid: list[int]) -> torch.Tensor:
     """Chosen rows at their places in a tensor (*grid, ...) that is zero elsewhere."""
     chosen = input.flatten(0, len(grid) - 1)
+    if rows.numel() == math.prod(grid):
+        return chosen.clone().view(*grid, *chosen.shape[1:])
     output = chosen.new_zeros(math.prod(grid), *chosen.shape[1:])
     if input.device.type == "cpu":
         output.numpy()[rows.numpy()] = chosen.numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from ort_train.ortmodule.rows import (
     plan,
     symbols,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Nodes that may read tensors with zeros in place of padding, as long as every axis of tokens is
 #: one of their result, too.
@@ -66,6 +69,11 @@ class Padding:
             if entry is not None and self._joins(node, entry):
                 self._plans[id(node)] = (node, entry)
                 self._packed.update(node.output)
+        if self._embeds_other_tokens():
+            logger.warning(
+                "padding_sparsity leaves out the encoder's padding, which attention_mask tells; "
+                "the decoder's is computed: pad targets to the longest of a batch"
+            )
         nodes = [node for node, _ in self._plans.values()]
         self._check([name for node in nodes for name in node.output if self._outside(name)])
         self._compute_kept()
@@ -101,6 +109,18 @@ class Padding:
         if len(shape) == 3:
             return RowSpace.of_grid(shape[0], shape[1])
         raise self._refusal("it embeds no input_ids")
+
+    def _embeds_other_tokens(self) -> bool:
+        """Whether there is a second sequence, such as an encoder-decoder's targets."""
+        index, grid = self._index, self._space.grid
+        assert grid is not None
+        for node in index.graph.node:
+            if operator_name(node) not in ("embedding", "Gather"):
+                continue
+            shape = index.shapes.get(node.output[0], [])
+            if len(shape) == 3 and shape[0] == grid[0] and shape[1] != grid[1]:
+                return index.types[node.output[0]] != INT64
+        return False
 
     def _source(self, name: str) -> str:
         """What a tensor is a view of."""
