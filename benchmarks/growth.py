@@ -85,7 +85,8 @@ def plot(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(sweeps), 3.6), layout="constrained")
-    for axes, (sweep, points) in zip(figure.subplots(1, len(sweeps)), sweeps.items(), strict=True):
+    panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
+    for axes, (sweep, points) in zip(panels, sweeps.items(), strict=True):
         for backend in BACKENDS:
             own = [p for p in points if p["backend"] == backend and p["status"] == "ok"]
             if not own:

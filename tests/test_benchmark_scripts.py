@@ -109,5 +109,6 @@ def test_growth_is_compared_with_a_line_through_the_first_point(
         ]
     )
     assert [point["vs_line"] for point in points] == [1.0, 1.0, 1.0, 0.5, None]
+    growth.plot({"batch": points}, tmp_path / "one.svg")
     growth.plot({"batch": points, "layers": points}, tmp_path / "growth.svg")
     assert "samples of 128 tokens" in (tmp_path / "growth.svg").read_text()
