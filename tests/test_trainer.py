@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +140,24 @@ def test_trains_an_adapter_as_transformers(tiny_llama: MakeModel, tmp_path: Path
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), abs=LOSS)
     assert_same_weights(ours.model, theirs.model)
+
+
+def test_gradient_checkpointing_of_the_model_recomputes_in_the_graph(
+    tiny_llama: MakeModel, tmp_path: Path
+):
+    """As in notebooks, where it is enabled on the model and not in the arguments."""
+    recomputed = []
+    for is_enabled in (False, True):
+        model = tiny_llama()
+        if is_enabled:
+            model.gradient_checkpointing_enable()
+        folder = tmp_path / str(is_enabled)
+        trainer = ort_trainer(model, folder, max_steps=2, save_onnx=True, onnx_prefix="graph")
+        trainer.train()
+        (graph,) = folder.glob("graph_execution_model_training.onnx")
+        recomputed.append(graph.read_bytes().count(b"_recompute"))
+    assert recomputed[0] == 0
+    assert recomputed[1] > 0
 
 
 def test_epochs_and_a_last_smaller_batch(tiny_llama: MakeModel, tmp_path: Path):
@@ -361,18 +378,6 @@ def test_logs_carry_speed(tiny_llama: MakeModel, tmp_path: Path):
     assert all(log["it_per_s"] > 0 for log in logs)
     # 4 rows of 10 tokens a step.
     assert all(log["tokens_per_s"] == pytest.approx(log["it_per_s"] * 40, rel=0.01) for log in logs)
-
-
-def test_tensorboard(tiny_llama: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    board = tmp_path / "board"
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(board))
-    is_argument = any(each.name == "logging_dir" for each in fields(TrainingArguments))  # before 5
-    settings: dict[str, Any] = {"logging_dir": str(board)} if is_argument else {}
-    trainer = ort_trainer(
-        tiny_llama(), tmp_path, report_to=["tensorboard"], max_steps=2, **settings
-    )
-    trainer.train()
-    assert list(board.glob("events.*"))
 
 
 # --- the model outside of training ---
