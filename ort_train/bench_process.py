@@ -44,7 +44,7 @@ class Worker:
     """The parent's handle on one worker process.
 
     Args:
-        scratch: an empty folder for the worker's log and compiler caches.
+        scratch: an empty folder for the worker's log and caches of compilers and graphs.
         timeout_s: how long one request may take before the worker is killed.
         command: what to start.
     """
@@ -56,9 +56,10 @@ class Worker:
         environment = {
             **os.environ,
             "PYTHONPATH": path,  # the same package as the parent's, from any directory
-            # Cold compiler caches: a first step that reads an earlier run's kernels says nothing.
+            # Cold caches: a first step that reads an earlier run's kernels or graphs says nothing.
             "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
             "TRITON_CACHE_DIR": str(scratch / "triton"),
+            "ORT_TRAIN_GRAPH_CACHE": str(scratch / "graphs"),
         }
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(

@@ -16,7 +16,9 @@ import torch
 from ort_train import distributed
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule import (
+    cached_graph,
     cuda,
+    export_cache,
     gradients,
     losses,
     malloc,
@@ -25,27 +27,18 @@ from ort_train.ortmodule import (
     quantized,
     sparsity,
     symbolics,
+    trace_key,
     transformers_compat,
     triton_kernels,
     upstream,
 )
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.constants import KnownTensor, PlainAttributes, same_values
+from ort_train.ortmodule.described import UndescribableError
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
 
 logger = logging.getLogger(__name__)
-
-#: Of which ONNX Runtime seeds each node when the session is built (`generator/random.h`); dropout
-#: follows `set_seed` in every step.
-_SEEDED_ONCE = frozenset(
-    {"RandomUniformLike", "RandomNormalLike", "RandomUniform", "RandomNormal", "Bernoulli",
-     "Multinomial"}
-)  # fmt: skip
-_STOCHASTIC_OPERATORS = _SEEDED_ONCE | {
-    "Dropout", "BitmaskDropout", "BiasDropout", "BitmaskBiasDropout"
-}  # fmt: skip
-
 
 def default_num_threads() -> int:
     """This rank's share of the cores, or fewer where torch was told to use fewer."""
@@ -179,6 +172,8 @@ class Engine:
         self._attributes: PlainAttributes | None = None
         #: Seconds that export, gradient graph and session took.
         self.build_s = 0.0
+        #: Those that a graph from the cache spared; None for one that was built.
+        self.saved_s: float | None = None
         #: What the graph leaves out of a batch (sparsity.py).
         self.savings = sparsity.Savings()
 
@@ -291,6 +286,7 @@ class Engine:
     def _build_and_run(self, named: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         started = time.perf_counter()
         module = self._graph_module.module
+        key = self._cache_key(tuple(named.values()))
         if self._options.keep_freed_memory:
             malloc.keep_freed()
         with _training_flags_kept(module), _without_checkpointing(module) as recompute_asked:
@@ -309,6 +305,7 @@ class Engine:
                 self._seed()
                 try:
                     with (
+                        self._cached(key, options, started, attributes),
                         _buffers_kept(module),
                         transformers_compat.export_scope(module),
                         quantized.export_scope(module, options.onnx_opset_version),
@@ -321,17 +318,15 @@ class Engine:
                     who = f"backend 'ort' can't train {type(module).__name__}"
                     raise explained(error, who) from error
         manager = self._training_manager
-        operators = {node.op_type for node in manager._onnx_models.optimized_model.graph.node}
-        self._is_stochastic = not operators.isdisjoint(_STOCHASTIC_OPERATORS)
-        if once := operators & _SEEDED_ONCE:
+        random = cached_graph.random_operators(manager)
+        self._is_stochastic = bool(random)
+        if once := random & cached_graph.SEEDED_ONCE:
             logger.warning(
                 "ONNX Runtime seeds %s when a graph is built: the noise follows torch's seed from "
                 "run to run, but a resumed run draws other than one that goes on",
                 ", ".join(sorted(once)),
             )
-        self._recomputes_dropout = self._is_stochastic and (
-            options.recompute != "none" or options.recompute_config is not None
-        )
+        self._recomputes_dropout = self._is_stochastic and _recomputes(options)
         if self._recomputes_dropout:
             logger.warning(
                 "dropout is recomputed by ONNX Runtime, which seeds its masks once: they follow "
@@ -355,8 +350,71 @@ class Engine:
         attributes.forget_changed()
         self._attributes = attributes
         self.build_s = time.perf_counter() - started
-        logger.info("built a training graph for %s in %.1f s", type(module).__name__, self.build_s)
+        if self.saved_s is None:
+            logger.info("built a training graph for %s in %.1f s", self._name, self.build_s)
         return outputs
+
+    @property
+    def _name(self) -> str:
+        return type(self._graph_module.module).__name__
+
+    def _cache_key(self, tensors: tuple[torch.Tensor, ...]) -> str | None:
+        """What the graph of a first call is cached by, or None where it isn't."""
+        if not self._options.export_cache or export_cache.is_off():
+            return None
+        part = self._graph_module
+        try:
+            return trace_key.key_of(
+                part.module,
+                part._module_forward,
+                part._schema,
+                tensors,
+                self._options,
+                self._precision,
+            )
+        except UndescribableError as error:
+            logger.info("the training graph of %s isn't cached: %s", self._name, error)
+            return None
+
+    @contextlib.contextmanager
+    def _cached(
+        self, key: str | None, options: OrtOptions, started: float, attributes: PlainAttributes
+    ) -> Iterator[None]:
+        """A first step meanwhile takes its graph from the cache, or puts it there."""
+        if key is None:
+            yield
+            return
+        manager = self._training_manager
+        can_optimize = self._is_on_cpu and not _recomputes(options)
+        with export_cache.locked(key) as is_usable:
+            built = cached_graph.read(key) if is_usable else None
+            if built is not None:
+                with built.replacing_build(manager, key):
+                    yield
+                self._graph_module.result_schema = built.result_schema
+                self.savings = built.savings
+                self.saved_s = max(0.0, built.build_s - (time.perf_counter() - started))
+                logger.info(
+                    "took the training graph of %s from the cache, which saves %.1f s of %.1f s",
+                    self._name,
+                    self.saved_s,
+                    built.build_s,
+                )
+                return
+            with cached_graph.optimized_once(manager, is_usable and can_optimize):
+                yield
+            if is_usable and (written := attributes.changed()) is not None:
+                # Without a trace it would keep its value, and change in the next call in eval mode.
+                logger.info(
+                    "the training graph of %s isn't cached: its forward writes attribute %r",
+                    self._name,
+                    written,
+                )
+            elif is_usable:
+                schema = self._graph_module.result_schema
+                assert schema is not None
+                build_s = time.perf_counter() - started
+                cached_graph.keep(key, manager, schema, self.savings, build_s, self._name)
 
     @property
     def _is_on_cpu(self) -> bool:
@@ -410,6 +468,11 @@ class Engine:
                 session_options.profile_file_prefix = str(options.profile_prefix)
             return (session_options, *rest)
 
+        if not (_recomputes(options) or options.log_level in ("verbose", "info")):
+            # Plans for a recomputation that wasn't asked for, which upstream prints only at these
+            # levels: a session and a simplification of their sizes by sympy take longer than the
+            # session that runs (`_training_manager.py`, `_create_execution_agent`).
+            manager._runtime_inspector.memory_ob._is_enabled = False
         build_graph = manager._build_graph
 
         def with_scalars(config: Any) -> None:
@@ -419,6 +482,10 @@ class Engine:
         manager._get_session_config = with_threads
         manager._build_graph = with_scalars
         return ort_module
+
+
+def _recomputes(options: OrtOptions) -> bool:
+    return options.recompute != "none" or options.recompute_config is not None
 
 
 def _with_recompute(options: OrtOptions) -> OrtOptions:

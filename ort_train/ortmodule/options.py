@@ -96,6 +96,9 @@ class OrtOptions:
     #: (profiling.py reads them); it costs some microseconds a kernel.
     profile_prefix: str | None = None
     log_level: LogLevelName = "error"
+    #: Keep built graphs on disk, so that a second start of the same run skips export and gradient
+    #: graph (export_cache.py).
+    export_cache: bool = True
     #: Different input schemas that may be exported before the module's use is called a mistake.
     max_graphs: int = 16
 

@@ -172,20 +172,22 @@ def symbolic_registry() -> Any:
     return exporter_module("registration").registry
 
 
+def symbolic_overrides() -> dict[str, dict[int, Any]]:
+    """Symbolic functions that were registered in place of the exporter's own, by opset."""
+    registry = symbolic_registry()
+    groups = {name: registry.get_function_group(name) for name in registry.all_functions()}
+    return {name: dict(group._functions._overrides) for name, group in groups.items()}
+
+
 @contextlib.contextmanager
 def restored_symbolics() -> Iterator[None]:
     """Take back every symbolic function that is registered meanwhile."""
     registry = symbolic_registry()
-
-    def overrides() -> dict[str, dict[int, Any]]:
-        groups = {name: registry.get_function_group(name) for name in registry.all_functions()}
-        return {name: dict(group._functions._overrides) for name, group in groups.items()}
-
-    before = overrides()
+    before = symbolic_overrides()
     try:
         yield
     finally:
-        for name, after in overrides().items():
+        for name, after in symbolic_overrides().items():
             functions = registry.get_function_group(name)._functions
             for opset in after:
                 functions.remove_override(opset)
