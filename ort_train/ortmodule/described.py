@@ -324,30 +324,33 @@ class Description:
         return f"{name} {self._class(kind, where)} {[self._global(t, where, False) for t in tables]}"
 
     def _module(
-        self, module: types.ModuleType, names: Iterable[str], where: str, strict: bool
+        self, module: types.ModuleType, names: tuple[str, ...], where: str, strict: bool
     ) -> None:
-        """The members of a module that code names."""
+        """The members of a module that code names, and of modules within it."""
         if strict and package(module.__name__) in sys.stdlib_module_names - _PURE:
             raise UndescribableError(
                 f"{where} is Python's {module.__name__}, whose results differ from run to run"
             )
         version = vars(module).get("__version__")
         self._feed("module", module.__name__, str(version) if isinstance(version, str) else "")
-        if module.__name__.startswith("torch.ops"):  # has the members that were asked for before
-            return
-        is_known = self._is_known(module.__name__)
-        for name in names:
-            if name not in vars(module) or (id(module), name) in self._members:
-                continue
-            self._members.add((id(module), name))
-            self._kept.append(module)
-            value = vars(module)[name]
-            if is_known and not (_has_code(value) or isinstance(value, types.ModuleType)):
-                continue
-            if isinstance(value, types.ModuleType):
-                self._module(value, names, f"{where}.{name}", strict and not is_known)
-            else:
-                self._feed(name, self._global(value, f"{where}.{name}", strict and not is_known))
+        seen, inner = {id(module)}, [module]
+        while inner:
+            each = inner.pop()
+            is_known = self._is_known(each.__name__)
+            # Of torch.ops there is what was asked for before.
+            for name in () if each.__name__.startswith("torch.ops") else names:
+                value = vars(each).get(name)
+                if isinstance(value, types.ModuleType):
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        inner.append(value)
+                    continue
+                if (id(each), name) in self._members or name not in vars(each):
+                    continue
+                self._members.add((id(each), name))
+                if not is_known or _has_code(value):
+                    path = f"{where}'s {each.__name__}.{name}"
+                    self._feed(name, self._global(value, path, strict and not is_known))
 
     def _names_of(self, code: types.CodeType) -> tuple[str, ...]:
         """Names that code, and the code within it, takes from its globals and from objects."""
