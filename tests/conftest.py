@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Tokenizers are cached for the session, not in the user's home; graphs are built every time."""
+    """Tokenizers are cached for the session, not in the user's home; graphs aren't."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ORT_TRAIN_GRAPH_CACHE", "off")
         patch.setenv("ORT_TRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -994,3 +994,27 @@ def test_a_backward_hook_of_a_submodule_is_refused():
     wrap(model, "ort")
     with pytest.raises(UnsupportedModelError, match="submodule '0' of Sequential has a backward"):
         model(torch.randn(2, 4))
+
+
+def test_no_plans_of_recomputation_unless_asked_for(
+    tiny_llama: MakeModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Upstream makes them at every start, with a session and sympy."""
+    from ort_train.ortmodule import upstream
+
+    upstream.load()
+    from onnxruntime.training.ortmodule._runtime_inspector import MemoryObserver
+
+    plans: list[bool] = []
+    find = MemoryObserver.find_memory_optimization_opportunity
+
+    def counted(*args: Any) -> Any:
+        plans.append(True)
+        return find(*args)
+
+    monkeypatch.setattr(MemoryObserver, "find_memory_optimization_opportunity", counted)
+    step(wrap(tiny_llama(), backend="ort").train(), **batch())
+    assert not plans
+    options = OrtOptions(recompute="layerwise")
+    step(wrap(tiny_llama(), backend="ort", options=options).train(), **batch())
+    assert plans

@@ -5,13 +5,15 @@ Where a second start is meant, `torch.onnx.export` raises, so nothing can have b
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import logging
+import os
 import subprocess
 import sys
+import threading
+import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +157,10 @@ _KINDS: dict[str, tuple[Callable[[MakeModel], Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_second_start_is_exact(
-    kind: str, tiny_llama: MakeModel, no_export: Callable[[], None], caplog: pytest.LogCaptureFixture
+    kind: str,
+    tiny_llama: MakeModel,
+    no_export: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
 ):
     make, fields, precision = _KINDS[kind]
     if precision == "bf16" and not has_bf16():
@@ -242,7 +247,7 @@ print(digest.hexdigest())
 
 
 def test_processes_at_once_and_after(tmp_path: Path):
-    """Of two that start together one builds, and the other waits for it; a third exports nothing."""
+    """Of two that start together one builds, and the other waits; a third exports nothing."""
     file = tmp_path / "program.py"
     file.write_text(_PROGRAM)
 
@@ -459,7 +464,7 @@ def test_config_and_functions_of_transformers_change_the_key(
     assert of(tiny_llama()) == keys[0]
 
 
-_LOCK = __import__("threading").Lock()
+_LOCK = threading.Lock()
 
 
 class _Opaque(_Scaled):
@@ -470,12 +475,7 @@ class _Opaque(_Scaled):
 
 class _Random(_Scaled):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        import random  # noqa: F401
-
-        return {"loss": super().forward(x)["loss"] * _time.time()}
-
-
-_time = __import__("time")
+        return {"loss": super().forward(x)["loss"] * time.time()}
 
 
 def _hooked() -> _Scaled:
@@ -520,7 +520,7 @@ def test_modules_with_hooks_train_uncached(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.fixture
-def cached(no_export: Callable[[], None]) -> Iterator[tuple[Path, Callable[[], torch.Tensor]]]:
+def cached(no_export: Callable[[], None]) -> tuple[Path, Callable[[], torch.Tensor]]:
     """The folder of an entry, and what trains by it or builds it anew; returns the loss."""
 
     def train() -> torch.Tensor:
@@ -538,7 +538,7 @@ def cached(no_export: Callable[[], None]) -> Iterator[tuple[Path, Callable[[], t
         assert torch.equal(loss, expected)
         return loss
 
-    yield folder, trained
+    return folder, trained
 
 
 def _flip(path: Path) -> None:
@@ -592,7 +592,7 @@ def test_entries_used_longest_ago_are_removed(monkeypatch: pytest.MonkeyPatch):
             assert is_usable
             export_cache.store(name, export_cache.Entry(bytes(1000), {}))
         times = export_cache.folder() / name
-        __import__("os").utime(times, (ord(name), ord(name)))
+        os.utime(times, (ord(name), ord(name)))
     assert export_cache.load("a") is not None  # is now the one used last
     export_cache.store("d", export_cache.Entry(bytes(1000), {}))
     assert [path.name for path in entries()] == ["a", "c", "d"]
@@ -630,3 +630,14 @@ def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     wrap(_Scaled(), "ort").train()(torch.ones(2, 4))["loss"].backward()
     monkeypatch.setenv("ORT_TRAIN_GRAPH_CACHE", str(tmp_path / "graphs"))
     assert not entries()
+
+
+def test_bench_measures_without_earlier_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from ort_train.bench_process import Worker
+
+    program = "import json, os; print(json.dumps({'is': os.environ['ORT_TRAIN_GRAPH_CACHE']}))"
+    worker = Worker(tmp_path, 60, [sys.executable, "-c", program])
+    try:
+        assert worker.request("start") == {"is": str(tmp_path / "graphs")}
+    finally:
+        worker.kill()

@@ -65,9 +65,11 @@ _BUILTINS = (
 )
 #: What every class has, and no code depends on.
 _UNREAD = frozenset(
-    "__module__ __qualname__ __doc__ __dict__ __weakref__ __annotations__ __firstlineno__ "
-    "__static_attributes__ _abc_impl __abstractmethods__ __parameters__ __orig_bases__ "
-    "__annotate_func__ __type_params__".split()
+    """
+    __abstractmethods__ __annotate_func__ __annotations__ __dict__ __doc__ __firstlineno__
+    __module__ __orig_bases__ __parameters__ __qualname__ __static_attributes__ __type_params__
+    __weakref__ _abc_impl
+    """.split()  # noqa: SIM905
 )
 #: Made anew in every process: transformers' hash of a GenerationConfig's own values, and its
 #: number of the process for the hub's requests.
@@ -168,29 +170,32 @@ class Description:
         if isinstance(value, types.ModuleType):
             return f"module {value.__name__}"
         if isinstance(value, types.MethodType):
-            parts = (value.__self__, value.__func__)
-            return "method " + " ".join(self._token(part, where, strict) for part in parts)
+            return self._parts("method", (value.__self__, value.__func__), where, strict)
         if isinstance(value, functools.partial):
-            parts = (value.func, value.args, value.keywords)
-            return "partial " + " ".join(self._token(part, where, strict) for part in parts)
+            return self._parts("partial", (value.func, value.args, value.keywords), where, strict)
         if isinstance(value, _BUILTINS):
             return f"{kind.__name__} {getattr(value, '__qualname__', None) or value!s}"
         wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
         if isinstance(wrapped, types.FunctionType) and self._is_known(kind.__module__):
             return f"{kind.__qualname__} of {self._function(wrapped, where)}"  # lru_cache
         if isinstance(value, staticmethod | classmethod):
-            return f"{kind.__name__} {self._token(value.__func__, where, strict)}"
+            return self._parts(kind.__name__, (value.__func__,), where, strict)
         if isinstance(value, property):
-            parts = (value.fget, value.fset)
-            return "property " + " ".join(self._token(part, where, strict) for part in parts)
+            return self._parts("property", (value.fget, value.fset), where, strict)
         if isinstance(value, functools.cached_property):
-            return f"cached_property {self._token(value.func, where, strict)}"
+            return self._parts("cached_property", (value.func,), where, strict)
         return self._compound(value, where, strict)
+
+    def _parts(self, kind: str, parts: tuple[Any, ...], where: str, strict: bool) -> str:
+        return " ".join([kind, *(self._token(part, where, strict) for part in parts)])
 
     def _compound(self, value: Any, where: str, strict: bool) -> str:
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if kind in (tuple, frozenset):  # whether equal ones are one object is the interpreter's whim
+        if kind in (
+            tuple,
+            frozenset,
+        ):  # whether equal ones are one object is the interpreter's whim
             return self._items(value, name, where, strict)
         number, is_new = self._number(value)
         assert is_new
@@ -204,8 +209,9 @@ class Description:
             inner = "{" + ", ".join(items) + "}"
             if kind in (dict, OrderedDict, types.MappingProxyType):
                 return f"{number} = {name} {inner}"
-            if kind is defaultdict:
-                return f"{number} = {name} {inner} {self._token(value.default_factory, where, strict)}"
+            if isinstance(value, defaultdict):
+                factory = self._token(value.default_factory, where, strict)
+                return f"{number} = {name} {inner} {factory}"
             return f"{number} = {inner} {self._instance(value, where, strict)}"
         if isinstance(value, range | slice | torch.Size):
             return f"{name} {value!r}"
@@ -303,7 +309,7 @@ class Description:
                 self._feed(each, self._global(value, f"{path} global {each!r}", strict))
 
     def _global(self, value: Any, where: str, strict: bool) -> str:
-        """What code refers to: of a library, functions, classes, plain values and tables of them."""
+        """What code refers to: of a library only code, plain values and tables of them."""
         if strict or isinstance(value, _PLAIN) or _has_code(value):
             return self._token(value, where, strict)
         if isinstance(value, dict):
@@ -321,7 +327,9 @@ class Description:
             return name
         # A registry, such as transformers' of attention functions.
         tables = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, dict)]
-        return f"{name} {self._class(kind, where)} {[self._global(t, where, False) for t in tables]}"
+        return (
+            f"{name} {self._class(kind, where)} {[self._global(t, where, False) for t in tables]}"
+        )
 
     def _module(
         self, module: types.ModuleType, names: tuple[str, ...], where: str, strict: bool

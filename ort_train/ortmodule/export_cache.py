@@ -119,9 +119,7 @@ def store(key: str, entry: Entry) -> None:
     A folder that can't be written to is only warned of: the graph stands, and training goes on.
     """
     if len(entry.graph) > MAX_ENTRY_BYTES:
-        logger.info(
-            "this graph isn't cached: its constants take %d MiB", len(entry.graph) // 2**20
-        )
+        logger.info("this graph isn't cached: its constants take %d MiB", len(entry.graph) // 2**20)
         return
     facts = json.dumps(entry.facts).encode()
     try:
