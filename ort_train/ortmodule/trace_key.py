@@ -47,6 +47,7 @@ _OF_THE_RUN = frozenset(
 _SIDE_EFFECTS = {
     "compiled_extensions": "registers torch.autograd.Functions in the process that exports",
     "save_onnx": "writes the graphs of every stage",
+    "profile_prefix": "writes a profile of every session",
 }
 _FILES = ("recompute_config", "triton_config")
 #: Of a module's `__dict__`: what is described by itself or matters to no forward.
