@@ -641,3 +641,16 @@ def test_bench_measures_without_earlier_graphs(tmp_path: Path, monkeypatch: pyte
         assert worker.request("start") == {"is": str(tmp_path / "graphs")}
     finally:
         worker.kill()
+
+
+class _Counting(_Scaled):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.scale += 1.0
+        return super().forward(x)
+
+
+def test_forward_that_writes_attributes_is_not_cached(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "ort_train")
+    wrap(_Counting(), "ort").train()(torch.ones(2, 4))["loss"].backward()
+    assert "its forward writes attribute 'scale'" in caplog.text
+    assert not entries()

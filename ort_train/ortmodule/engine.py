@@ -40,6 +40,7 @@ from ort_train.ortmodule.options import OrtOptions
 
 logger = logging.getLogger(__name__)
 
+
 def default_num_threads() -> int:
     """This rank's share of the cores, or fewer where torch was told to use fewer."""
     return min(torch.get_num_threads(), distributed.cores_per_rank())
