@@ -654,3 +654,17 @@ def test_forward_that_writes_attributes_is_not_cached(caplog: pytest.LogCaptureF
     wrap(_Counting(), "ort").train()(torch.ones(2, 4))["loss"].backward()
     assert "its forward writes attribute 'scale'" in caplog.text
     assert not entries()
+
+
+class _Unreadable:
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dict__":
+            raise RuntimeError(name)
+        return super().__getattribute__(name)
+
+
+def test_objects_that_fail_when_looked_at_train_uncached(caplog: pytest.LogCaptureFixture):
+    module = wrap(_holding(_Unreadable()), "ort").train()
+    module(torch.ones(2, 4))["loss"].backward()
+    assert "isn't cached: RuntimeError" in caplog.text
+    assert not entries()

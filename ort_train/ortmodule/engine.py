@@ -375,7 +375,9 @@ class Engine:
             )
         except UndescribableError as error:
             logger.info("the training graph of %s isn't cached: %s", self._name, error)
-            return None
+        except Exception as error:  # of objects that can't even be looked at; training can go on
+            logger.warning("the training graph of %s isn't cached: %r", self._name, error)
+        return None
 
     @contextlib.contextmanager
     def _cached(
