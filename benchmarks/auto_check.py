@@ -76,7 +76,14 @@ CASES = {
     "qlora_tiny": Case("bench_llama_1024_qlora", tiny=True),
     "gpt2": Case(
         model_type="gpt2",
-        fields=(("n_embd", 256), ("n_layer", 2), ("n_head", 4), ("vocab_size", 5000)),
+        fields=(
+            ("n_embd", 256),
+            ("n_layer", 2),
+            ("n_head", 4),
+            ("vocab_size", 5000),
+            ("bos_token_id", 0),
+            ("eos_token_id", 0),
+        ),
     ),
     "bert_padded": Case(
         model_type="bert",

@@ -247,7 +247,7 @@ class Trial:
             return
         samples: dict[Candidate, list[float]] = {candidate: [] for candidate in self._runners}
         contenders = list(self._runners)
-        began, spent_s = time.perf_counter(), 0.0
+        began, spent_s = 0.0, 0.0
         for num_rounds in itertools.count():
             if num_rounds >= NUM_ROUNDS:
                 contenders = _contenders(samples, contenders)
@@ -260,7 +260,7 @@ class Trial:
             first = num_rounds % len(contenders)
             order = contenders[first:] + contenders[:first]
             times = {candidate: self._round_ms(candidate) for candidate in order}
-            elapsed_s = time.perf_counter() - began
+            elapsed_s = time.perf_counter() - began if began else 0.0
             *shared, spent_s = _among_ranks(
                 [*(times[c] for c in contenders), elapsed_s], self._device, "mean"
             )
