@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,17 @@ def test_what_says_the_same_needs_no_new_graph() -> None:
         module.part.temperature = float("0.5")
         module.part.rates = dict(module.part.rates)
     assert num_graphs_built(module) == 1
+
+
+def test_saving_and_generating_need_no_new_graph(tiny_llama: MakeModel, tmp_path: Path) -> None:
+    model = wrap(tiny_llama(), backend="ort")
+    ids = torch.arange(24).reshape(2, 12)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids)
+        model.save_pretrained(tmp_path)
+        model.eval().generate(ids[:1, :3], max_new_tokens=2, do_sample=False)
+        model.train()
+    assert num_graphs_built(model) == 1
 
 
 def test_a_change_in_every_step_is_an_error_after_max_graphs() -> None:

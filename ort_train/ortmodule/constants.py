@@ -27,6 +27,12 @@ _GONE = object()
 _NOT_OF_THE_FORWARD = frozenset((*torch.nn.Module().__dict__, "use_cache", "warnings_issued"))
 
 
+#: Of configs: what transformers' save_pretrained writes. Types of parameters are in a graph's key.
+_WRITTEN_BY_SAVING = frozenset(
+    ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+)
+
+
 class KnownTensor(NamedTuple):
     """What a tensor was when it was last looked at."""
 
@@ -55,7 +61,7 @@ class PlainAttributes:
     """The plain attributes of a module's parts and configs, as they were."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._owners = [_Owner(path, attributes) for path, attributes in _attributes_of(module)]
+        self._owners = [_Owner(*attributes) for attributes in _attributes_of(module)]
 
     def forget_changed(self) -> None:
         """Leave out, from now on, what isn't what it was: the forward itself writes it."""
@@ -73,13 +79,13 @@ class PlainAttributes:
 class _Owner:
     """A module's or config's own attributes."""
 
-    def __init__(self, path: str, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: str, attributes: dict[str, Any], left_out: frozenset[str]) -> None:
         self.path = path
         self._attributes = attributes
         self._known = {
             name: _snapshot(value)
             for name, value in attributes.items()
-            if name not in _NOT_OF_THE_FORWARD and _is_setting(value)
+            if name not in left_out and _is_setting(value)
         }
         self._index()
 
@@ -122,10 +128,13 @@ def _nothing(attributes: dict[str, Any]) -> tuple[Any, ...]:
     return ()
 
 
-def _attributes_of(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+def _attributes_of(
+    module: torch.nn.Module,
+) -> Iterator[tuple[str, dict[str, Any], frozenset[str]]]:
+    """Path, attributes, and names of those that don't count, of each part and each config."""
     seen: set[int] = set()
     for path, part in module.named_modules():
-        yield path, part.__dict__
+        yield path, part.__dict__, _NOT_OF_THE_FORWARD
         for name, value in list(part.__dict__.items()):
             # transformers' and peft's configs, and others like them.
             is_config = name == "config" or name.endswith("_config")
@@ -136,7 +145,8 @@ def _attributes_of(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any
                 and id(value) not in seen
             ):
                 seen.add(id(value))
-                yield f"{path}.{name}".lstrip("."), value.__dict__
+                left_out = _NOT_OF_THE_FORWARD | _WRITTEN_BY_SAVING
+                yield f"{path}.{name}".lstrip("."), value.__dict__, left_out
 
 
 def _is_setting(value: Any) -> bool:
