@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 
 from ort_train import distributed
-from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule import (
     cached_graph,
     cuda,
@@ -32,10 +30,17 @@ from ort_train.ortmodule import (
     triton_kernels,
     upstream,
 )
-from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
+from ort_train.ortmodule.call import CallSchema
 from ort_train.ortmodule.constants import KnownTensor, PlainAttributes, same_values
 from ort_train.ortmodule.described import UndescribableError
 from ort_train.ortmodule.explain import explained
+from ort_train.ortmodule.graph_module import (
+    GraphModule,
+    buffers_kept,
+    quiet_exporter,
+    training_flags_kept,
+    without_checkpointing,
+)
 from ort_train.ortmodule.options import OrtOptions
 
 logger = logging.getLogger(__name__)
@@ -46,95 +51,8 @@ def default_num_threads() -> int:
     return min(torch.get_num_threads(), distributed.cores_per_rank())
 
 
-# ORTModule's own wrapper and ours (`_GraphModule.module`) stand before a buffer's name.
+# ORTModule's own wrapper and ours (`GraphModule.module`) stand before a buffer's name.
 _MODULE_PREFIX = "_original_module.module."
-
-
-class _GraphModule(torch.nn.Module):
-    """What is exported: flat tensors in, flat tensors out, everything else constant."""
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        forward: Callable[..., Any],
-        schema: CallSchema,
-        without_logits: bool,
-    ):
-        super().__init__()
-        self._without_logits = without_logits
-        self.module = module
-        self._module_forward = forward
-        self._schema = schema
-        self.result_schema: ResultSchema | None = None
-        self.__signature__ = None
-        quantized.bind_scales(self, module)
-
-    def forward(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self._schema.rebuild(tuple(tensors[name] for name in self._schema.names))
-        result = self._module_forward(*args, **kwargs)
-        self.result_schema, outputs = describe_result(result, self._without_logits)
-        return outputs
-
-
-@contextlib.contextmanager
-def _training_flags_kept(module: torch.nn.Module) -> Iterator[None]:
-    """ORTModule calls train() on everything below it; submodules kept in eval mode stay so."""
-    flags = [(m, m.training) for m in module.modules()]
-    try:
-        yield
-    finally:
-        for m, training in flags:
-            m.training = training
-
-
-@contextlib.contextmanager
-def _buffers_kept(module: torch.nn.Module) -> Iterator[None]:
-    """Refuse a forward that updates its buffers, as no graph would; they are as before.
-
-    Raises:
-        UnsupportedModelError: naming the buffer.
-    """
-    saved = [
-        (f"{prefix}.{name}".lstrip("."), owner, name, buffer, buffer.detach().clone())
-        for prefix, owner in module.named_modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    ]
-    changed = []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for path, owner, name, buffer, value in saved:
-                if not same_values(owner._buffers.get(name), value):
-                    changed.append((path, owner))
-                    owner._buffers[name] = buffer
-                    buffer.copy_(value)
-    if changed:
-        path, owner = changed[0]
-        part, _, name = path.rpartition(".")
-        raise UnsupportedModelError(
-            f"the forward of {type(owner).__name__} {part!r} updates its buffer {name!r} in every "
-            "training call, which a graph of backend 'ort' doesn't: put that part into eval mode "
-            f"(module.get_submodule({part!r}).eval(), which freezes statistics as in most "
-            "fine-tuning), or train with backend='compile' or 'eager'"
-        )
-
-
-@contextlib.contextmanager
-def _without_checkpointing(module: torch.nn.Module) -> Iterator[bool]:
-    """Gradient checkpointing off while tracing; yields whether it was on anywhere.
-
-    The exporter can't trace torch's checkpoint function. ONNX Runtime recomputes by itself.
-    """
-    flagged = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
-    for m in flagged:
-        m.gradient_checkpointing = False
-    try:
-        yield bool(flagged)
-    finally:
-        for m in flagged:
-            m.gradient_checkpointing = True
 
 
 class Engine:
@@ -158,7 +76,7 @@ class Engine:
     ):
         self._options = options
         self._precision = precision
-        self._graph_module = _GraphModule(module, forward, schema, bool(options.label_sparsity))
+        self._graph_module = GraphModule(module, forward, schema, bool(options.label_sparsity))
         self._ort_module: Any = None
         self._is_stochastic = False
         self._recomputes_dropout = False
@@ -290,15 +208,15 @@ class Engine:
         key = self._cache_key(tuple(named.values()))
         if self._options.keep_freed_memory:
             malloc.keep_freed()
-        with _training_flags_kept(module), _without_checkpointing(module) as recompute_asked:
+        with training_flags_kept(module), without_checkpointing(module) as recompute_asked:
             options = self._options
             if recompute_asked and options.recompute == "none" and not options.recompute_config:
                 options = _with_recompute(options)
                 logger.info("gradient checkpointing is on: ONNX Runtime recomputes layer by layer")
             rng_state = torch.get_rng_state()
             attributes = PlainAttributes(module)
-            with upstream.export_scope(options, self._transform), _quiet_exporter():
-                with _training_flags_kept(module):  # upstream's constructor calls train()
+            with upstream.export_scope(options, self._transform), quiet_exporter():
+                with training_flags_kept(module):  # upstream's constructor calls train()
                     self._ort_module = self._construct(options)
                 symbolics.register(options.onnx_opset_version)
                 gradients.register()
@@ -307,7 +225,7 @@ class Engine:
                 try:
                     with (
                         self._cached(key, options, started, attributes),
-                        _buffers_kept(module),
+                        buffers_kept(module),
                         transformers_compat.export_scope(module),
                         quantized.export_scope(module, options.onnx_opset_version),
                         products.export_scope(options.products, self._precision),
@@ -495,15 +413,3 @@ def _with_recompute(options: OrtOptions) -> OrtOptions:
     from dataclasses import replace
 
     return replace(options, recompute="layerwise")
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The TorchScript exporter and its tracer warn per operator, and of their own deprecation."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        for pattern in (".*",):
-            warnings.filterwarnings("ignore", pattern, module=r"torch\.onnx.*")
-            warnings.filterwarnings("ignore", pattern, module=r"onnxruntime.*")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
