@@ -37,13 +37,16 @@ def _define(name: str, reduction: int) -> None:
         labels: torch.Tensor,
         ignore_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gradient with respect to the logits, (N, C)."""
-        ignored = -100 if ignore_index is None else int(ignore_index)
-        num_labels = (labels != ignored).sum().to(log_probs.dtype)
-        grad = torch.ops.aten.nll_loss_backward(
-            grad.reshape(()), log_probs, labels, None, reduction, ignored, num_labels
-        )
-        return torch.ops.aten._log_softmax_backward_data(grad, log_probs, -1, log_probs.dtype)
+        """Gradient with respect to the logits, (N, C).
+
+        Written in one tensor of that size: torch's own two steps need another one.
+        """
+        is_kept = labels != (-100 if ignore_index is None else int(ignore_index))
+        scale = grad.reshape(()) / (is_kept.sum() if name == "mean" else 1)
+        result = log_probs.exp()
+        label = torch.where(is_kept, labels, 0)[:, None]
+        result.scatter_add_(1, label, result.new_full((1, 1), -1.0).expand(label.shape))
+        return result.mul_(torch.where(is_kept, scale, 0.0)[:, None])
 
 
 for _name, _reduction in _REDUCTIONS.items():
