@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -60,7 +61,7 @@ def shares(module: torch.nn.Module, step_s: Iterable[float]) -> dict[str, float]
     path, graph = engine.end_profiling()
     events = json.loads(path.read_text(encoding="utf-8"))
     seconds = _seconds_by_kind(events, _torch_operators(graph), len(step_s))
-    total = sum(step_s)
+    total = statistics.median(step_s)
     found = {kind: seconds.get(kind, 0.0) / total for kind in KINDS if kind != OUTSIDE}
     return {**found, OUTSIDE: 1 - sum(found.values())}
 
@@ -77,7 +78,8 @@ def _torch_operators(graph: Any) -> dict[str, str]:
 def _seconds_by_kind(
     events: Iterable[Mapping[str, Any]], torch_operators: Mapping[str, str], num_steps: int
 ) -> dict[str, float]:
-    """Time of kernels over the last steps.
+    """Time of kernels in one of the last steps: each kernel's median, as a disturbance of the
+    machine lengthens few of them.
 
     Args:
         events: of ONNX Runtime's profile, in the order of time; durations in microseconds.
@@ -92,5 +94,5 @@ def _seconds_by_kind(
         runs[operator, event["args"]["node_index"]].append(event["dur"] / 1e6)
     seconds: dict[str, float] = defaultdict(float)
     for (operator, _), durations in runs.items():
-        seconds[kind_of(operator)] += sum(durations[-num_steps:])
+        seconds[kind_of(operator)] += statistics.median(durations[-num_steps:])
     return seconds
