@@ -13,7 +13,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra qlora
 
 from ort_train import wrap  # noqa: E402
 from ort_train.errors import UnsupportedModelError  # noqa: E402
-from ort_train.ortmodule import OrtOptions, quantized  # noqa: E402
+from ort_train.ortmodule import OrtOptions, onednn, products, quantized  # noqa: E402
 
 OPTIONS = OrtOptions(num_threads=1)
 # Relative; the sums of a product run in another order than eager's, which gives 2e-7 here.
@@ -92,6 +92,27 @@ def test_forward_and_gradients_are_eagers(quant_type: str, double_quant: bool) -
     # The packed weight and its scales are inputs, not copies in the graph.
     initializers = engine._training_manager._onnx_models.optimized_model.graph.initializer
     assert all(np.prod(tensor.dims) < 96 for tensor in initializers)
+
+
+@pytest.mark.skipif(
+    onednn.unavailable_reason() is not None,
+    reason=f"no fp32 products by oneDNN: {onednn.unavailable_reason()}",
+)
+def test_onednn_multiplies_by_decoded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no inputs of the graph, which says their sizes all the same."""
+    monkeypatch.setattr(products, "_MIN_ENTRIES", 96 * 128)
+    eager = Model(bias=False)
+    model = wrap(copy.deepcopy(eager), "ort", options=OPTIONS)
+    assert_equal_steps(model, eager, torch.randn(2, 5, 128))
+    (engine,) = model.forward.runner._original.engines.values()
+    graph = engine._training_manager._onnx_models.optimized_model.graph
+    decoded = {
+        node.output[0]: [reader.name for reader in graph.node if node.output[0] in reader.input]
+        for node in graph.node
+        if any(a.s == b"ort_train::dequantize_4bit" for a in node.attribute)
+    }
+    readers = [name.rpartition("/")[2] for names in decoded.values() for name in names]
+    assert sorted(readers) == ["product_nn", "product_nt"]  # backward, forward
 
 
 def test_columns_below_one_block() -> None:

@@ -29,6 +29,8 @@ _FORWARD = "ort_train::linear_4bit"
 #: Marks in the gradient graph where the gradient of a layer's input is wanted.
 _MARKER = "ort_train::linear_4bit_input_grad"
 _DECODE = "ort_train::dequantize_4bit"
+#: Where num_rows and num_columns stand among a node's inputs.
+_SIZES = slice(5, 7)
 # As numbers, for an ATen node takes no text.
 _QUANT_TYPES = ("fp4", "nf4")
 
@@ -158,6 +160,7 @@ def _decode_beside_products(graph: Any) -> None:
         )
     forward = {node.input[1]: node for node in graph.node if _operator(node) == _FORWARD}
     types = {info.name: info.type.tensor_type.elem_type for info in graph.value_info}
+    constants = _integers(graph)
     nodes = []
     for node in graph.node:
         operator = _operator(node)
@@ -168,9 +171,10 @@ def _decode_beside_products(graph: Any) -> None:
         (result,) = node.output
         weight = f"{result}/weight"
         layer = forward[packed]
-        # What an ATen node returns, ONNX Runtime can't infer.
+        # What an ATen node returns, ONNX Runtime can't infer; products.py asks for the sizes.
         dtype = types.get(layer.output[0], TensorProto.FLOAT)
-        graph.value_info.append(helper.make_tensor_value_info(weight, dtype, None))
+        sizes = [constants[name] for name in layer.input[_SIZES]]
+        graph.value_info.append(helper.make_tensor_value_info(weight, dtype, sizes))
         nodes.append(
             helper.make_node(
                 "ATen",
@@ -194,6 +198,22 @@ def _decode_beside_products(graph: Any) -> None:
         )
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _integers(graph: Any) -> dict[str, int]:
+    """The integers of a graph that are constant, by their names."""
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            tensors[node.output[0]] = next(a.t for a in node.attribute if a.name == "value")
+    int64 = 7  # onnx.TensorProto.INT64
+    return {
+        name: int(numpy_helper.to_array(tensor))
+        for name, tensor in tensors.items()
+        if tensor.data_type == int64 and not tensor.dims
+    }
 
 
 @functools.cache
