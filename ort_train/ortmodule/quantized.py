@@ -173,7 +173,7 @@ def _decode_beside_products(graph: Any) -> None:
         layer = forward[packed]
         # What an ATen node returns, ONNX Runtime can't infer; products.py asks for the sizes.
         dtype = types.get(layer.output[0], TensorProto.FLOAT)
-        sizes = [constants[name] for name in layer.input[_SIZES]]
+        sizes = [constants.get(name) for name in layer.input[_SIZES]]
         graph.value_info.append(helper.make_tensor_value_info(weight, dtype, sizes))
         nodes.append(
             helper.make_node(
@@ -206,8 +206,9 @@ def _integers(graph: Any) -> dict[str, int]:
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant":
-            tensors[node.output[0]] = next(a.t for a in node.attribute if a.name == "value")
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                tensors[node.output[0]] = attribute.t
     int64 = 7  # onnx.TensorProto.INT64
     return {
         name: int(numpy_helper.to_array(tensor))
