@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ort_train import record
+from ort_train.bench_turns import spread
 
 if TYPE_CHECKING:
     import torch
@@ -237,19 +238,14 @@ def compared(times: dict[str, list[float]]) -> dict[str, Any]:
     ratios = np.array(times["auto"]) / np.array(times[best])
     return {
         "best": best,
-        "slower_by": _spread(ratios - 1),
+        "slower_by": spread(ratios - 1),
         "vs_each": {
             name: round(float(np.median(np.array(times["auto"]) / np.array(times[name]))), 4)
             for name in in_all
         },
-        "step_ms": {name: _spread(np.array(each)) for name, each in times.items()},
+        "step_ms": {name: spread(np.array(each)) for name, each in times.items()},
         "rounds": {name: len(each) for name, each in times.items()},
     }
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    p20, median, p80 = (round(float(each), 4) for each in np.percentile(values, [20, 50, 80]))
-    return {"median": median, "p20": p20, "p80": p80}
 
 
 def with_same_choice(row: dict[str, Any]) -> dict[str, Any]:

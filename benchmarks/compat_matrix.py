@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ort_train import record
+from ort_train import cache, record
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/test_architectures.py"
@@ -50,8 +50,7 @@ SETS = (
 
 def default_folder() -> Path:
     """Where environments are kept."""
-    root = os.environ.get("ORT_TRAIN_CACHE") or "~/.cache/ort_train"
-    return Path(root).expanduser() / "compat"
+    return cache.root() / "compat"
 
 
 def make_environment(versions: VersionSet, folder: Path) -> Path:

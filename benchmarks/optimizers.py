@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ort_train import record
+from ort_train.bench_turns import spread
 
 if TYPE_CHECKING:
     import torch
@@ -100,16 +101,11 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
         "num_tensors": len(sizes),
         "num_parameters": sum(parameter.numel() for parameter in weights[OURS]),
         "weights_max_abs": difference,
-        "step_ms": {way: _spread(each) for way, each in times.items()},
+        "step_ms": {way: spread(np.array(each)) for way, each in times.items()},
         "fused_times_faster_than": {
-            way: _spread(np.array(times[way]) / np.array(times[OURS])) for way in WAYS
+            way: spread(np.array(times[way]) / np.array(times[OURS])) for way in WAYS
         },
     }
-
-
-def _spread(values: Any) -> dict[str, float]:
-    p20, median, p80 = (round(float(each), 4) for each in np.percentile(values, [20, 50, 80]))
-    return {"median": median, "p20": p20, "p80": p80}
 
 
 def main() -> int:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ort_train.batches import IGNORED_LABEL
+
 if TYPE_CHECKING:
     from ort_train.ortmodule import OrtOptions
 
@@ -19,7 +21,6 @@ CONCRETE_BACKENDS = ("eager", "compile", "ort")
 AUTO_PRECISIONS = ("fp32", "bf16")
 #: OrtOptions of backend ort that leave tokens out, and the input that says which.
 SPARSITY = {"label_sparsity": "labels", "padding_sparsity": "attention_mask"}
-_IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def densities(
             # Labels of whole samples and masks of more axes say nothing of single tokens.
             if not isinstance(values, torch.Tensor) or values.dim() != 2:
                 continue
-            absent = _IGNORED_LABEL if name == "labels" else 0
+            absent = IGNORED_LABEL if name == "labels" else 0
             kept[option] += int((values != absent).sum())
             total[option] += values.numel()
     return {name: kept[name] / total[name] if total[name] else 1.0 for name in SPARSITY}

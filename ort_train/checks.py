@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ort_train import __version__, toolchain
+from ort_train import __version__, cache, toolchain
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -271,8 +271,7 @@ def check_machine() -> Iterator[Check]:
 
 
 def check_disk() -> Iterator[Check]:
-    cache = Path(os.environ.get("ORT_TRAIN_CACHE") or "~/.cache/ort_train").expanduser()
-    for name, folder in (("disk", Path.cwd()), ("cache disk", cache)):
+    for name, folder in (("disk", Path.cwd()), ("cache disk", cache.root())):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free_gib = shutil.disk_usage(existing).free / 2**30
         detail = f"{free_gib:.1f} GiB free at {existing}"

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from . import cache
 from .config import MIN_VOCAB_SIZE, ModelConfig, near_matches
 from .data import hub_problem
 from .errors import ModelError
@@ -104,8 +105,8 @@ def make_tokenizer(
             f"and 3 special tokens: set it to {MIN_VOCAB_SIZE} or more"
         )
     key = hashlib.sha256(f"{_TOKENIZER_FORMAT} {vocab_size}\n{text}".encode()).hexdigest()[:32]
-    root = cache_dir or os.environ.get("ORT_TRAIN_CACHE") or "~/.cache/ort_train"
-    path = Path(root).expanduser() / "tokenizers" / f"{key}.json"
+    root = Path(cache_dir).expanduser() if cache_dir else cache.root()
+    path = root / "tokenizers" / f"{key}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # One of several ranks trains, the others read.

@@ -451,3 +451,18 @@ def make_batch(architecture: Architecture, batch: int, length: int, seed: int) -
 def find(model_type: str) -> Architecture:
     """The table's row of a model type."""
     return next(a for a in ARCHITECTURES if a.model_type == model_type)
+
+
+def padded_batch(
+    rows: int = 2, length: int = 12, seed: int = 0, vocab: int = 300
+) -> dict[str, Any]:
+    """Ids with the second row's end padded and its labels ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, length - 3 :] = 0
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+    }

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import padded_batch as batch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ort_train import OrtOptions, unwrap, wrap
@@ -27,19 +28,6 @@ LOSS = 1e-5
 GRADIENT = 2e-6
 
 MakeModel = Callable[..., Any]
-
-
-def batch(rows: int = 2, length: int = 12, seed: int = 0, vocab: int = 300) -> dict[str, Any]:
-    """Ids with the second row's end padded and its labels ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[-1, length - 3 :] = 0
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": ids.masked_fill(mask == 0, -100),
-    }
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:

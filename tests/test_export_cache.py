@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import padded_batch as batch
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
@@ -52,18 +53,6 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def entries() -> list[Path]:
     folder = export_cache.folder()
     return sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
-
-
-def batch(rows: int = 2, length: int = 12, seed: int = 0) -> dict[str, Any]:
-    """Padded ids, whose padding has no labels."""
-    ids = torch.randint(300, (rows, length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    mask[-1, length - 3 :] = 0
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": ids.masked_fill(mask == 0, -100),
-    }
 
 
 def steps(module: Any, inputs: list[Any], seed: int = 0) -> list[torch.Tensor]:

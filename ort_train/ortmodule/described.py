@@ -192,10 +192,8 @@ class Description:
     def _compound(self, value: Any, where: str, strict: bool) -> str:
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if kind in (
-            tuple,
-            frozenset,
-        ):  # whether equal ones are one object is the interpreter's whim
+        # Whether equal ones of these are one object is the interpreter's whim.
+        if kind in (tuple, frozenset):
             return self._items(value, name, where, strict)
         number, is_new = self._number(value)
         assert is_new

@@ -7,6 +7,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ class Engine:
         with training_flags_kept(module), without_checkpointing(module) as recompute_asked:
             options = self._options
             if recompute_asked and options.recompute == "none" and not options.recompute_config:
-                options = _with_recompute(options)
+                options = replace(options, recompute="layerwise")
                 logger.info("gradient checkpointing is on: ONNX Runtime recomputes layer by layer")
             rng_state = torch.get_rng_state()
             attributes = PlainAttributes(module)
@@ -407,9 +408,3 @@ class Engine:
 
 def _recomputes(options: OrtOptions) -> bool:
     return options.recompute != "none" or options.recompute_config is not None
-
-
-def _with_recompute(options: OrtOptions) -> OrtOptions:
-    from dataclasses import replace
-
-    return replace(options, recompute="layerwise")

@@ -24,6 +24,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ort_train import cache
+
 logger = logging.getLogger(__name__)
 
 _GRAPH, _FACTS, _CHECKSUM = "graph.onnx", "facts.json", "sha256"
@@ -60,9 +62,7 @@ def is_off() -> bool:
 def folder() -> Path:
     """Where graphs are kept; bench's workers have one of their own."""
     own = os.environ.get(_VARIABLE)
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("ORT_TRAIN_CACHE") or "~/.cache/ort_train").expanduser() / "graphs"
+    return Path(own).expanduser() if own else cache.root() / "graphs"
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from ort_train import cache
 from ort_train.errors import BackendUnavailableError
 from ort_train.toolchain import find_compiler, missing_tool
 
@@ -123,8 +124,7 @@ _SUBSTITUTIONS = (
 
 def cache_folder() -> Path:
     """Where builds are kept: one folder for each combination of versions."""
-    root = os.environ.get("ORT_TRAIN_CACHE") or "~/.cache/ort_train"
-    return Path(root).expanduser() / "extensions"
+    return cache.root() / "extensions"
 
 
 def _command(compiler: list[str], folder: Path) -> list[str]:

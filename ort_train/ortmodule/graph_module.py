@@ -107,8 +107,7 @@ def quiet_exporter() -> Iterator[None]:
     """The TorchScript exporter and its tracer warn per operator, and of their own deprecation."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        for pattern in (".*",):
-            warnings.filterwarnings("ignore", pattern, module=r"torch\.onnx.*")
-            warnings.filterwarnings("ignore", pattern, module=r"onnxruntime.*")
+        warnings.filterwarnings("ignore", module=r"torch\.onnx.*")
+        warnings.filterwarnings("ignore", module=r"onnxruntime.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         yield

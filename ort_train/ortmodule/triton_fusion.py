@@ -224,18 +224,13 @@ def _in_topological_order(graph: Any) -> list[Any]:
     return [graph.node[index] for index in order]
 
 
-def _attribute(node: Any, name: str) -> Any:
-    import onnx
-
-    found = next((a for a in node.attribute if a.name == name), None)
-    return onnx.helper.get_attribute_value(found) if found is not None else None
-
-
 def _reduces(graph: _Graph, node: Any, expected: list[int]) -> bool:
     """Whether a reduction's constant axes are the expected ones."""
     import onnx
 
-    axes = _attribute(node, "axes")
+    from ort_train.ortmodule.rows import attribute
+
+    axes = attribute(node, "axes")
     if axes is None:
         tensor = graph.initializers.get(node.input[1]) if len(node.input) == 2 else None
         if tensor is None:

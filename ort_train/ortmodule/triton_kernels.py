@@ -15,9 +15,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ort_train.cache import root
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule import upstream
-from ort_train.ortmodule.extensions import cache_folder
 
 _PACKAGE = "onnxruntime.training.ort_triton"
 REMEDY = "pip install 'ort_train[triton]' -c constraints.txt"
@@ -85,7 +85,7 @@ def _own_cache(cache: Any) -> None:
     `/tmp/ort_triton_USER`: any user of the machine can make it first and put code into it."""
 
     def folder() -> str:
-        path = cache_folder() / "ort_triton"
+        path = root() / "ort_triton"
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
 
