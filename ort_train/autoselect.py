@@ -55,6 +55,11 @@ class AutoRunner:
         """Of the chosen backend."""
         return getattr(self._chosen, "savings", None)
 
+    @property
+    def graph_from_cache(self) -> bool | None:
+        """Of the chosen backend, in the trial."""
+        return getattr(self._chosen, "graph_from_cache", None)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.decision is None and differentiable(self._module, (args, kwargs)):
             self._calls.append(detached((args, kwargs)))

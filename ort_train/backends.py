@@ -104,6 +104,11 @@ class _EagerRunner:
         """What backend ort leaves out of a batch; None for eager."""
         return getattr(self._original, "savings", None)
 
+    @property
+    def graph_from_cache(self) -> bool | None:
+        """Whether backend ort began with a graph from the cache; None for eager."""
+        return getattr(self._original, "graph_from_cache", None)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._dtype is None:
             return self._original(*args, **kwargs)
@@ -242,3 +247,8 @@ def decision_of(stand_in: TrainingForward) -> Decision | None:
 def savings(stand_in: TrainingForward) -> Savings | None:
     """What a step leaves out of a batch (OrtOptions.label_sparsity, padding_sparsity), or None."""
     return getattr(stand_in.runner, "savings", None)
+
+
+def graph_from_cache(stand_in: TrainingForward) -> bool | None:
+    """Whether the first training call took its graph from the cache; None where there is none."""
+    return getattr(stand_in.runner, "graph_from_cache", None)

@@ -130,6 +130,7 @@ def run_benchmark(
                 "warmup_steps": warmup_steps,
                 "dropout": "off",
                 "optimizer": "torch.optim.AdamW(fused=True)",
+                "caches": "empty",  # bench_process.py
             },
             "results": [result(run, runs) for run in runs],
         },

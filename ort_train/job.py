@@ -312,6 +312,7 @@ def _report(
         "world_size": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "first_step_s": trainer.speed.first_step_s,
+        "graph_from_cache": trainer.graph_from_cache,
         **trainer.speed.summary(),
         "eval_loss": eval_loss,
         "perplexity": perplexity,
@@ -327,6 +328,9 @@ def _report(
         with replacing(out / run_folder.RECORD_FILE) as file:
             file.write_text(json.dumps({"training": training}, indent=1), encoding="utf-8")
     curves.plot(trainer.state.log_history, out / run_folder.CURVE_FILE, title=config.name)
+    if trainer.speed.first_step_s is not None:
+        cached = "; its graph is from the cache" if trainer.graph_from_cache else ""
+        distributed.say(f"first step: {trainer.speed.first_step_s:.2f} s{cached}")
     speed = trainer.speed.summary()
     if speed:
         tokens = f", {speed['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in speed else ""

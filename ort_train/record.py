@@ -113,6 +113,8 @@ class Protocol(_Section):
     warmup_steps: int
     dropout: Literal["off"]  # draws differ between backends, so no parity could be judged
     optimizer: str
+    # What a first step begins with, of kernels and graphs; null in records before it was said.
+    caches: Literal["empty"] | None = None
 
 
 class ModelInfo(_Section):

@@ -169,6 +169,8 @@ def _training_protocol(record: Record) -> list[str]:
         f"(forward, backward, fused AdamW) after {protocol['warmup_steps']} of warm-up, "
         "without dropout; differences are to eager fp32"
     ]
+    if protocol["caches"] == "empty":
+        lines.append("first steps begin with empty caches, of kernels and of graphs")
     return [*lines, f"data: {record['data']}"] if record["data"] else lines
 
 

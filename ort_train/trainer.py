@@ -22,7 +22,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
 from ort_train import batches, checkpoints, distributed, fingerprint
-from ort_train.backends import decision_of, runner_factory, savings
+from ort_train.backends import decision_of, graph_from_cache, runner_factory, savings
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
 from ort_train.metrics import SparsityMeter, SpeedCallback
@@ -154,6 +154,12 @@ class ORTTrainer(Trainer):
         if self._stand_in is None or args.backend != "auto":
             return None
         return decision_of(self._stand_in)
+
+    @property
+    def graph_from_cache(self) -> bool | None:
+        """Whether the first step, or the trial of `backend="auto"`, took its graph from the cache;
+        None for a backend without, and before it."""
+        return None if self._stand_in is None else graph_from_cache(self._stand_in)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the newest whole checkpoint."""

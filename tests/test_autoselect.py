@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ort_train import OrtOptions, decision, trial, wrap
+from ort_train.backends import graph_from_cache
 from ort_train.candidates import Candidate, densities, sparser
 from ort_train.errors import ConfigError
+from ort_train.forward import taken_over
 from ort_train.trial import Decision, Trial
 
 
@@ -78,6 +81,23 @@ def test_fastest_is_kept_and_said(
     assert message == str(made)
     assert f"backend auto: {fastest}" in message
     assert "trial" in message
+
+
+@pytest.mark.parametrize(("fastest", "second"), [("eager", None), ("ort", True)])
+def test_graph_from_the_cache_is_told_of_what_was_chosen(
+    fastest: str, second: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ORT_TRAIN_GRAPH_CACHE", str(tmp_path))
+    times(monkeypatch, **{"eager": 2.0, "ort": 2.0, fastest: 1.0})
+    told = []
+    for _ in range(2):
+        module = wrap(_Net(), backend="auto")
+        stand_in = taken_over(module)
+        assert stand_in is not None
+        assert graph_from_cache(stand_in) is None
+        train(module, 3)
+        told.append(graph_from_cache(stand_in))
+    assert told == [None if second is None else False, second]
 
 
 def test_training_is_eagers(monkeypatch: pytest.MonkeyPatch):

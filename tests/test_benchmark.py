@@ -24,6 +24,7 @@ from ort_train.benchmark import Case, precisions_here, run_benchmark
 from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
 from ort_train.parity import TOLERANCES, Trajectory, judge, worst_gradient
+from ort_train.report import summary_lines
 
 STAND_IN = (sys.executable, str(Path(__file__).parent / "bench_stand_in.py"))
 ALL = [Case("eager"), Case("compile"), Case("ort")]
@@ -86,6 +87,10 @@ class TestRunBenchmark:
             "grad_worst": "weight",
         }
         assert record["machine"]["threads"] == 3
+        assert record["protocol"]["caches"] == "empty"
+        assert "first steps begin with empty caches, of kernels and of graphs" in summary_lines(
+            record
+        )
         assert any(event.startswith("ort fp32 2x64: round 2 of 2, 100 it/s") for event in events)
         records.write(record, tmp_path / "record.json")
 

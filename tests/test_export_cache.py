@@ -621,13 +621,15 @@ def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not entries()
 
 
-def test_bench_measures_without_earlier_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bench_measures_without_earlier_graphs(tmp_path: Path):
     from ort_train.bench_process import Worker
 
     program = "import json, os; print(json.dumps({'is': os.environ['ORT_TRAIN_GRAPH_CACHE']}))"
-    worker = Worker(tmp_path, 60, [sys.executable, "-c", program])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    worker = Worker(scratch, 60, [sys.executable, "-c", program])
     try:
-        assert worker.request("start") == {"is": str(tmp_path / "graphs")}
+        assert worker.request("start") == {"is": str(scratch / "graphs")}
     finally:
         worker.kill()
 

@@ -79,11 +79,21 @@ def test_record_says_what_auto_chose(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert decision["cost_s"] > 0
 
 
-def test_same_seed_same_model_whatever_the_logging(tmp_path: Path):
+def test_second_run_says_that_its_graph_is_cached_and_trains_the_same_whatever_the_logging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("ORT_TRAIN_GRAPH_CACHE", str(tmp_path / "graphs"))
     weights = []
-    for name, steps in (("a", 1), ("b", 4)):
-        job.run(tiny(tmp_path / name, f"train.logging_steps={steps}"))
-        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict())
+    for name, steps, is_cached in (("a", 1, False), ("b", 4, True)):
+        out = tmp_path / name
+        job.run(tiny(out, f"train.logging_steps={steps}"))
+        training = json.loads((out / "record.json").read_text())["training"]
+        assert training["graph_from_cache"] is is_cached
+        (line,) = (
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("first step: ")
+        )
+        assert line.endswith("; its graph is from the cache") == is_cached
+        weights.append(AutoModelForCausalLM.from_pretrained(out / "model").state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 

@@ -62,6 +62,8 @@ class OrtForward:
             )
         self.original = original
         self.engines: dict[Any, Engine] = {}
+        #: Whether the first call took its graph from the cache; None before it.
+        self.graph_from_cache: bool | None = None
         self._num_stale = 0
         self._known_hooks: list[Any] = []
         self._are_logits_read = False
@@ -130,11 +132,14 @@ class OrtForward:
             engine = self._new_engine(key, schema)
         compute_logits = self._logits_of_call(args, kwargs, schema, tensors, parameters, engine)
         try:
-            return engine(tensors, tuple(map(id, parameters)), compute_logits)
+            result = engine(tensors, tuple(map(id, parameters)), compute_logits)
         except BaseException:
             if engine.build_s == 0.0:
                 del self.engines[key]  # a failed build is tried again, not kept half-made
             raise
+        if self.graph_from_cache is None:
+            self.graph_from_cache = engine.saved_s is not None
+        return result
 
     def _logits_of_call(
         self,
