@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "accumulated_and_clipped": {"accumulation": 2, "max_grad_norm": 0.5},
     "lora": {"adapter": "lora"},
+    "packed": {"packed": True},
     **({"qlora": {"adapter": "qlora"}} if importlib.util.find_spec("bitsandbytes") else {}),
 }
 INTERRUPTED: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ DeepSpeed, or none does: accelerate settles that once per process.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
-from ort_train import distributed, quantization
+from ort_train import distributed, packing, quantization
+from ort_train.batches import IGNORED_LABEL
 from ort_train.trainer import ORTTrainer, ORTTrainingArguments
 
 VOCAB, TOKENS, SAMPLES, GLOBAL_BATCH = 300, 32, 32, 8
@@ -30,6 +33,7 @@ class Case:
         out: file for losses and parameters.
         run_dir: of the checkpoints.
         resume: a checkpoint to continue from.
+        packed: on rows of several samples each.
     """
 
     out: str
@@ -43,6 +47,25 @@ class Case:
     steps: int = 20
     save_steps: int = 0
     resume: str | None = None
+    packed: bool = False
+
+
+def packed_rows() -> Any:
+    """Samples of 4 to 20 tokens in rows, of which ranks get unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for length in [draw(4, 21) for _ in range(3 * SAMPLES)]:
+        ids = [draw(0, VOCAB) for _ in range(length)]
+        num_prompt = draw(0, length)
+        columns["input_ids"].append(ids)
+        columns["attention_mask"].append([1] * length)
+        columns["labels"].append([IGNORED_LABEL] * num_prompt + ids[num_prompt:])
+    rows = packing.pack(Dataset.from_dict(columns), TOKENS, pad_id=0, seed=0)
+    return rows.select(range(SAMPLES))  # whole batches
 
 
 class Samples(torch.utils.data.Dataset):
@@ -124,7 +147,11 @@ def run(case: Case) -> dict[str, Any]:
         ddp_find_unused_parameters=False,
     )
     model = make_model(case)
-    trainer = ORTTrainer(model=model, args=args, train_dataset=Samples())
+    data: dict[str, Any] = {"train_dataset": Samples()}
+    if case.packed:
+        collate = functools.partial(packing.packed_batch, attention="sdpa")
+        data = {"train_dataset": packed_rows(), "data_collator": collate}
+    trainer = ORTTrainer(model=model, args=args, **data)
     trainer.remove_callback(PrinterCallback)
     order = WrapOrder(trainer)
     trainer.add_callback(order)
