@@ -10,18 +10,22 @@ import torch
 
 from .config import AdapterConfig, near_matches
 from .errors import ModelError
+from .tasks import Task, peft_type
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 
-def apply_adapter(model: PreTrainedModel, adapter: AdapterConfig) -> PreTrainedModel | PeftModel:
+def apply_adapter(
+    model: PreTrainedModel, adapter: AdapterConfig, task: Task = "causal-lm"
+) -> PreTrainedModel | PeftModel:
     """Adds the adapter to the model and freezes everything else.
 
     Args:
         model: changed in place: its target modules are replaced by ones with an adapter.
         adapter: with method ``none`` the model stays as it is.
+        task: of the model.
 
     Returns:
         The model itself, or the PeftModel around it.
@@ -39,7 +43,7 @@ def apply_adapter(model: PreTrainedModel, adapter: AdapterConfig) -> PreTrainedM
     if isinstance(targets, list):
         _check_targets(model, targets, set(candidates))
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=peft_type(task),
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,

@@ -224,7 +224,7 @@ def build(
 
     Returns:
         The model on the CPU; up to `num_batches` batches of column -> tensor of
-        (micro_batch_size, block_size); the data's source in words; the teacher, if there is one.
+        (micro_batch_size, tokens); the data's source in words; the teacher, if there is one.
     """
     import torch
 
@@ -246,7 +246,7 @@ def build(
         quantization.of_run_here(config),
     )
     torch.manual_seed(train.seed)  # for the adapter's first weights
-    model = apply_adapter(model, config.adapter)
+    model = apply_adapter(model, config.adapter, config.model.task)
     disable_dropout(model)
     fill_zero_weights(model)
     model.config.use_cache = False  # as transformers' Trainer does: a cache only costs here

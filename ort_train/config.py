@@ -23,6 +23,7 @@ from pydantic import (
 
 from .contradictions import contradictions
 from .errors import ConfigError
+from .tasks import Task
 
 MIN_VOCAB_SIZE = 259
 """Of a byte-level BPE: 256 bytes and the special tokens bos, eos and pad."""
@@ -78,6 +79,9 @@ class ModelConfig(_Section):
     """Hub id or local transformers folder whose weights are loaded."""
     architecture: str | None = None
     """transformers model_type ("llama"). Beside `name_or_path` it only says what --tiny makes."""
+    task: Task = "causal-lm"
+    """What it learns: the next token; tokens that are masked; or, as an encoder and a decoder, a
+    block's second half from its first."""
     config: dict[str, Any] = {}
     """transformers config fields; with `name_or_path` they override the loaded ones."""
     tokenizer: str | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .tasks import max_length
+
 if TYPE_CHECKING:
     from .config import RunConfig
 
@@ -48,11 +50,13 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     for field in POSITION_FIELDS:
         positions = model.config.get(field)
-        if isinstance(positions, int) and positions < data.block_size:
+        if isinstance(positions, int) and positions < max_length(model.task, data.block_size):
+            half = "half of " if model.task == "seq2seq" else ""
+            fitting = 2 * positions if half else positions
             yield (
-                ("data.block_size", "model.config"),
-                f"data.block_size {data.block_size} exceeds model.config.{field} {positions}: "
-                f"set data.block_size={positions} or raise the latter",
+                ("data.block_size", "model.config", "model.task"),
+                f"{half}data.block_size {data.block_size} exceeds model.config.{field} "
+                f"{positions}: set data.block_size={fitting} or raise the latter",
             )
     if data.folder and data.source in ("hub", "offline"):
         yield (
@@ -60,6 +64,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             f"data.folder {data.folder} isn't read with data.source {data.source}: "
             "set data.source=folder, or data.folder=null",
         )
+    yield from _task(config)
     yield from _packing(config)
     if (train.max_steps is None) == (train.epochs is None):
         yield (
@@ -82,6 +87,28 @@ def contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             "set train.backend=auto, or train.precision=fp32, bf16 or fp16",
         )
     yield from _ignored(config)
+
+
+def _task(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    task, data, teacher = config.model.task, config.data, config.distill.teacher
+    if task != "causal-lm" and data.format != "blocks":
+        yield (
+            ("model.task", "data.format"),
+            f"data.format {data.format} is for model.task causal-lm, but that is {task}: set "
+            "data.format=blocks, or model.task=causal-lm",
+        )
+    if task == "seq2seq" and data.block_size < 2:
+        yield (
+            ("model.task", "data.block_size"),
+            f"data.block_size {data.block_size} can't be halved for model.task seq2seq: set it to "
+            "2 or more",
+        )
+    if teacher is not None and (task != "causal-lm" or teacher.task != "causal-lm"):
+        yield (
+            ("distill.teacher", "model.task"),
+            f"distillation is of model.task causal-lm, but the model's is {task} and the teacher's "
+            f"{teacher.task}: set both to causal-lm, or distill.teacher=null",
+        )
 
 
 def _packing(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:

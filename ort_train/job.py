@@ -27,7 +27,7 @@ class JobResult:
 
     Attributes:
         output_dir: holds the files named by the constants of run_folder.py.
-        perplexity: of the evaluation text, exp of the mean loss per token.
+        perplexity: of the evaluation text's predicted tokens, exp of their mean loss.
         record: the benchmark record of the baselines, with a section `training`.
     """
 
@@ -79,7 +79,7 @@ def run(config: RunConfig) -> JobResult:
         quantization.of_run_here(config),
     )
     torch.manual_seed(config.train.seed)  # for the adapter's first weights, as in the benchmark
-    model = apply_adapter(model, config.adapter)
+    model = apply_adapter(model, config.adapter, config.model.task)
     distiller = None
     if config.distill.teacher is not None:
         distiller = load_distiller(config, samples.tokenizer, model)
@@ -247,6 +247,11 @@ def _make_trainer(
         processing_class=samples.tokenizer,
         data_collator=samples.collate,
     )
+    if config.model.task != "causal-lm":
+        # Their losses are each batch's mean, but as their forwards take **kwargs, Trainer believes
+        # that they divide by num_items_in_batch, and doesn't divide by the accumulation steps
+        # (transformers 4.57 to 5.23, Trainer.__init__).
+        trainer.model_accepts_loss_kwargs = False
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ConsoleCallback())

@@ -21,7 +21,6 @@ from tokenizers.models import BPE
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import cache
+from . import cache, tasks
 from .config import MIN_VOCAB_SIZE, ModelConfig, near_matches
 from .data import hub_problem
 from .errors import ModelError
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_VOCAB_SIZE = 4096
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_BOS, _EOS, _PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+_BOS, _EOS, _PAD, _MASK = "<|bos|>", "<|eos|>", "<|pad|>", "<|mask|>"
 _TOKENIZER_FORMAT = 1  # part of the cache's key: raise it when the training changes
 
 # What reading weights raises: the latter three where a file isn't what its name says.
@@ -60,6 +59,14 @@ _TINY_SIZES = {
     "num_attention_heads": 4,
     "head_dim": 16,
     "intermediate_size": 128,
+    "num_decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "d_ff": 128,
     "ffn_dim": 128,
     "ffn_hidden_size": 128,
     "n_inner": 128,
@@ -84,7 +91,10 @@ _ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 def make_tokenizer(
-    text: str, vocab_size: int, cache_dir: str | Path | None = None
+    text: str,
+    vocab_size: int,
+    cache_dir: str | Path | None = None,
+    with_mask: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE on the text, or reads the one trained on it before.
 
@@ -92,6 +102,7 @@ def make_tokenizer(
         vocab_size: entries at most, special tokens included; a short text yields fewer.
         cache_dir: None: $ORT_TRAIN_CACHE, or ~/.cache/ort_train. Where it can't be written, the
             tokenizer is trained each time.
+        with_mask: have a mask token, too.
 
     Returns:
         A tokenizer with bos, eos and pad tokens, which adds none of them by itself.
@@ -99,28 +110,31 @@ def make_tokenizer(
     Raises:
         ModelError: the vocabulary has no room for the 256 bytes and the special tokens.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD}
+    if with_mask:
+        special["mask_token"] = _MASK
+    fewest = MIN_VOCAB_SIZE + with_mask
+    if vocab_size < fewest:
         raise ModelError(
             f"model.vocab_size {vocab_size} is too small for a byte-level BPE, which has 256 bytes "
-            f"and 3 special tokens: set it to {MIN_VOCAB_SIZE} or more"
+            f"and {len(special)} special tokens: set it to {fewest} or more"
         )
-    key = hashlib.sha256(f"{_TOKENIZER_FORMAT} {vocab_size}\n{text}".encode()).hexdigest()[:32]
+    kind = f"{_TOKENIZER_FORMAT} {vocab_size}{' mask' if with_mask else ''}"
+    key = hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()[:32]
     root = Path(cache_dir).expanduser() if cache_dir else cache.root()
     path = root / "tokenizers" / f"{key}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # One of several ranks trains, the others read.
         with FileLock(path.with_suffix(".lock")):
-            trained = _read_tokenizer(path)
+            trained = _read_tokenizer(path, special.values())
             if trained is None:
-                trained = _train_tokenizer(text, vocab_size)
+                trained = _train_tokenizer(text, vocab_size, special.values())
                 _write_atomically(path, trained.to_str())
     except OSError as error:
         logger.warning("the tokenizer isn't cached: %s", error)
-        trained = _train_tokenizer(text, vocab_size)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained, bos_token=_BOS, eos_token=_EOS, pad_token=_PAD
-    )
+        trained = _train_tokenizer(text, vocab_size, special.values())
+    return PreTrainedTokenizerFast(tokenizer_object=trained, **special)
 
 
 def load_tokenizer(
@@ -134,8 +148,10 @@ def load_tokenizer(
         text: the training corpus; read only for a made model that names no tokenizer.
 
     Raises:
-        ModelError: it can't be loaded, or has neither pad nor eos token.
+        ModelError: it can't be loaded, has neither pad nor eos token, or no mask token where the
+            task needs one.
     """
+    is_masked = model.task == "masked-lm"
     name = model.tokenizer or model.name_or_path
     if name is None:
         if text is None:
@@ -143,12 +159,18 @@ def load_tokenizer(
                 f"a made {model.architecture} needs a tokenizer: set model.tokenizer, or give the "
                 "text to train one on"
             )
-        return make_tokenizer(text, model.vocab_size or _DEFAULT_VOCAB_SIZE, cache_dir)
+        vocab_size = model.vocab_size or _DEFAULT_VOCAB_SIZE
+        return make_tokenizer(text, vocab_size, cache_dir, with_mask=is_masked)
     revision = None if model.tokenizer else model.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_origin(model, name, revision))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"can't load the tokenizer of {name}: {error}") from error
+    if is_masked and tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {name} has no mask token, which model.task masked-lm needs: set "
+            "model.tokenizer to one that has"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -182,20 +204,23 @@ def load_model(
         quantization: of the linear layers' weights, which only an adapter can then train.
 
     Returns:
-        A causal language model in training mode, on the CPU, or where it was quantized.
+        A language model of the task in training mode, on the CPU, or where it was quantized.
 
     Raises:
         ModelError: unknown architecture or config fields, a config that the architecture refuses,
-            too few positions or vocabulary entries, weights that can't be loaded or quantized, or
-            quantized ones where none were asked for.
+            an architecture that transformers doesn't have for the task, too few positions or
+            vocabulary entries, weights that can't be loaded or quantized, or quantized ones where
+            none were asked for.
     """
     config = _loaded_config(model) if model.name_or_path else _made_config(model, tokenizer)
+    tasks.check_architecture(model.task, config)
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < block_size:
+    if isinstance(positions, int) and 0 < positions < tasks.max_length(model.task, block_size):
+        half = "half of " if model.task == "seq2seq" else ""
         raise ModelError(
-            f"data.block_size {block_size} exceeds max_position_embeddings {positions} of the "
-            f"model: set data.block_size={positions} or less"
+            f"{half}data.block_size {block_size} exceeds max_position_embeddings {positions} of "
+            f"the model: set data.block_size={2 * positions if half else positions} or less"
         )
     if len(tokenizer) > text_config.vocab_size:
         raise ModelError(
@@ -211,22 +236,24 @@ def load_model(
         refuse_full_fine_tune(config)
     elif model.name_or_path:
         options |= loading_options(quantization, config)
+    auto_class = tasks.auto_class(model.task)
     torch.manual_seed(seed)
     try:
         if model.name_or_path:
-            made = AutoModelForCausalLM.from_pretrained(
+            made = auto_class.from_pretrained(
                 model.name_or_path,
                 config=config,
                 **options,
                 **_origin(model, model.name_or_path, model.revision),
             )
         else:
-            made = AutoModelForCausalLM.from_config(config, **options)
+            made = auto_class.from_config(config, **options)
     except LOAD_ERRORS as error:
         raise ModelError(_refusal(model, error)) from error
+    generation = getattr(made, "generation_config", None)  # of models that generate
     for field in _SPECIAL_IDS:
-        if made.generation_config is not None and getattr(made.generation_config, field) is None:
-            setattr(made.generation_config, field, getattr(text_config, field))
+        if generation is not None and getattr(generation, field) is None:
+            setattr(generation, field, getattr(text_config, field))
     if quantization is not None:
         if not model.name_or_path:
             quantize(made, quantization)
@@ -274,6 +301,9 @@ def _made_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
     assert model.architecture is not None  # config.parse sees to it
     vocab_size = max(model.config.get("vocab_size", 0), len(tokenizer))
     special = {name: getattr(tokenizer, name) for name in _SPECIAL_IDS}
+    if model.task == "seq2seq":  # with which T5's decoder begins, too
+        start = model.config.get("decoder_start_token_id", tokenizer.pad_token_id)
+        special["decoder_start_token_id"] = start
     return _made_config_of(model.architecture, model.config, special | {"vocab_size": vocab_size})
 
 
@@ -310,7 +340,7 @@ def _loaded_config(model: ModelConfig) -> PretrainedConfig:
 
 def _refusal(model: ModelConfig, error: Exception) -> str:
     verb = f"load {model.name_or_path}" if model.name_or_path else f"make a {model.architecture}"
-    message = f"can't {verb} as a causal language model: {error}"
+    message = f"can't {verb} as a {tasks.noun(model.task)}: {error}"
     if "attention implementation" in str(error):
         message += "; set model.attention=eager"
     elif model.name_or_path and model.config:
@@ -344,14 +374,14 @@ def _origin(model: ModelConfig, name: str, revision: str | None) -> dict[str, An
     }
 
 
-def _train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+def _train_tokenizer(text: str, vocab_size: int, special: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[_BOS, _EOS, _PAD],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -359,7 +389,7 @@ def _train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _read_tokenizer(path: Path) -> Tokenizer | None:
+def _read_tokenizer(path: Path, special: Iterable[str]) -> Tokenizer | None:
     """The cached tokenizer; None where there is none, or a corrupt one."""
     if not path.exists():
         return None
@@ -368,7 +398,7 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
     except Exception as error:  # tokenizers raises bare Exception
         logger.warning("training the tokenizer again, as %s can't be read: %s", path, error)
         return None
-    whole = all(tokenizer.token_to_id(token) is not None for token in (_BOS, _EOS, _PAD))
+    whole = all(tokenizer.token_to_id(token) is not None for token in special)
     return tokenizer if whole else None
 
 

@@ -257,6 +257,11 @@ def show(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float) -> bool:
         f"{name} {value} should be above 0" for name, value in given.items() if value <= 0
     ]:
         raise ConfigError(problems)
+    if config.model.task == "seq2seq":
+        raise ConfigError(
+            "the plan doesn't count the two halves of model.task seq2seq: plan for causal-lm or "
+            "masked-lm"
+        )
     if config.distill.teacher is not None:
         raise ConfigError(
             "the plan doesn't count a teacher's memory: plan with distill.teacher=null, and leave "

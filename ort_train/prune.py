@@ -67,6 +67,11 @@ def prune_folder(
     if steps < 0:
         raise ConfigError(f"--steps {steps} must be 0 or more")
     config = _config(source, steps, overrides)
+    if config.model.task != "causal-lm":
+        raise ConfigError(
+            f"model.task {config.model.task}: prune reads a text with causal language models only, "
+            "leave it at causal-lm"
+        )
     with staged_folder(out) as staged:
         block_size, seed = config.data.block_size, config.train.seed
         samples = make_samples(config.data, config.model, seed=seed)

@@ -43,7 +43,7 @@ def make_samples(
     Args:
         max_train: rows of `train` at most.
         with_evaluation: whether to read what is evaluated on, too.
-        seed: of which samples share a row, with `data.packing`.
+        seed: of which samples share a row, with `data.packing`, and of masks.
 
     Raises:
         DataError: see `data.load_corpus` and `instructions.load_records`.
@@ -52,7 +52,7 @@ def make_samples(
     if data.format == "instructions":
         return _instructions(data, model, max_train, with_evaluation, seed)
     num_train = _least(max_train, data.max_train_blocks)
-    return _blocks(data, model, num_train, with_evaluation)
+    return _blocks(data, model, num_train, with_evaluation, seed)
 
 
 def _least(*limits: int | None) -> int | None:
@@ -60,12 +60,11 @@ def _least(*limits: int | None) -> int | None:
 
 
 def _blocks(
-    data: DataConfig, model: ModelConfig, num_train: int | None, with_evaluation: bool
+    data: DataConfig, model: ModelConfig, num_train: int | None, with_evaluation: bool, seed: int
 ) -> Samples:
-    from transformers import default_data_collator
-
     from .data import load_corpus, make_blocks
     from .models import load_tokenizer
+    from .tasks import make_collate
 
     corpus = load_corpus(
         data.source, data.dataset, data.subset, data.text_column, data.folder, data.hub_timeout_s
@@ -75,7 +74,9 @@ def _blocks(
     evaluation = None
     if with_evaluation:
         evaluation = make_blocks(corpus.eval_text, tokenizer, data.block_size, data.max_eval_blocks)
-    return Samples(tokenizer, train, evaluation, default_data_collator, corpus.source)
+    collate, note = make_collate(model.task, tokenizer, seed)
+    source = f"{corpus.source}; {note}" if note else corpus.source
+    return Samples(tokenizer, train, evaluation, collate, source)
 
 
 def _instructions(

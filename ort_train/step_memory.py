@@ -56,17 +56,18 @@ def make_without_data(
     config: RunConfig, architecture: str, fields: dict[str, Any], dtype: torch.dtype
 ) -> Any:
     """The model with its adapter, on the meta device: shapes and types, no data."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ort_train.adapters import apply_adapter
+    from ort_train.tasks import auto_class
 
     with _quiet():
         made = AutoConfig.for_model(architecture, **{**fields, "use_cache": False})
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config.model.task).from_config(
                 made, dtype=dtype, attn_implementation=config.model.attention
             )
-            return apply_adapter(model, config.adapter).train()
+            return apply_adapter(model, config.adapter, config.model.task).train()
 
 
 def step_bytes(

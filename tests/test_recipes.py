@@ -84,14 +84,22 @@ def test_installed_recipes_come_before_a_checkouts(tmp_path, monkeypatch):
 
 
 def test_bench_shapes():
-    small, large = load_recipe("bench_llama_256"), load_recipe("bench_llama_1024")
-    for config, hidden, vocabulary in ((small, 256, 1000), (large, 1024, 32000)):
+    for hidden, vocabulary in ((256, 1000), (512, 32000), (1024, 32000)):
+        config = load_recipe(f"bench_llama_{hidden}")
         fields = config.model.config
         assert fields["hidden_size"] == hidden
         assert fields["num_attention_heads"] == fields["num_key_value_heads"] == hidden // 64
         assert fields["intermediate_size"] == 2.75 * hidden
         assert fields["vocab_size"] == vocabulary
         assert (config.train.micro_batch_size, config.data.block_size) == (2, 128)
+    for name, task, block_size in (
+        ("gpt2", "causal-lm", 128),
+        ("bert", "masked-lm", 128),
+        ("t5", "seq2seq", 256),  # of which each of its halves reads one
+    ):
+        config = load_recipe(f"bench_{name}")
+        assert (config.model.architecture, config.model.task) == (name, task)
+        assert (config.train.micro_batch_size, config.data.block_size) == (2, block_size)
 
 
 # --- derivation
@@ -162,7 +170,7 @@ def test_recipe_that_is_not_text(tmp_path):
 
 def test_unknown_recipes_name_the_nearest(tmp_path):
     assert "unknown recipe quickstrat: did you mean quickstart" in fails("quickstrat")
-    assert "there are bench_llama_1024" in fails("zzz")
+    assert "there are bench_bert, bench_gpt2" in fails("zzz")
     message = fails(tmp_path / "quickstart.yaml")
     assert "no recipe file" in message
     assert "did you mean quickstart" in message

@@ -11,6 +11,7 @@ import yaml
 
 from ort_train import job, run_folder
 from ort_train.recipes import list_recipes, load_recipe, state_gib
+from ort_train.tasks import auto_class
 
 RECIPES = {info.name: info for info in list_recipes()}
 # Sizes of the models that recipes load, in the terms of transformers' configs.
@@ -103,15 +104,21 @@ def test_the_stated_number_of_parameters_is_the_models(name: str) -> None:
     assert made.num_parameters() == pytest.approx(model.num_parameters, rel=0.005)  # 3 digits
 
 
-@pytest.mark.parametrize("name", ["quickstart", "bench_llama_256", "bench_llama_1024"])
+MADE = """
+quickstart bench_llama_256 bench_llama_512 bench_llama_1024 bench_gpt2 bench_bert bench_t5
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_the_stated_number_of_parameters_is_the_made_models(name: str) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     model = load_recipe(name).model
     fields = {"vocab_size": model.vocab_size, **model.config}
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.architecture, **fields))
+        config = AutoConfig.for_model(model.architecture, **fields)
+        made = auto_class(model.task).from_config(config)
     assert made.num_parameters() == pytest.approx(model.num_parameters, rel=0.005)
 
 
