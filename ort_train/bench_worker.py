@@ -232,7 +232,7 @@ def build(
     from ort_train.adapters import apply_adapter
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
-    from ort_train.packing import check_model
+    from ort_train.packing import check_models
     from ort_train.samples import make_samples
 
     train = config.train
@@ -259,9 +259,7 @@ def build(
     distiller = None
     if config.distill.teacher is not None:
         distiller = load_distiller(config, samples.tokenizer, model)
-    if config.data.packing:
-        for each in (model, *([distiller.teacher] if distiller else [])):
-            check_model(each, samples.collate, config.data.block_size)
+    check_models(config.data, samples.collate, model, distiller and distiller.teacher)
     return model, batches, samples.source, distiller
 
 

@@ -62,7 +62,7 @@ def run(config: RunConfig) -> JobResult:
     from ort_train.adapters import apply_adapter, trainable_summary
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
-    from ort_train.packing import check_model
+    from ort_train.packing import check_models
     from ort_train.roster import Roster
     from ort_train.samples import make_samples
     from ort_train.signals import StopOnSignal
@@ -83,9 +83,7 @@ def run(config: RunConfig) -> JobResult:
     distiller = None
     if config.distill.teacher is not None:
         distiller = load_distiller(config, samples.tokenizer, model)
-    if config.data.packing:
-        for each in (model, *([distiller.teacher] if distiller else [])):
-            check_model(each, samples.collate, config.data.block_size)
+    check_models(config.data, samples.collate, model, distiller and distiller.teacher)
     trainable, total = trainable_summary(model)
     distributed.say(
         f"model: {type(model).__name__}, {total:,} parameters, {trainable:,} trained; "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import datasets
     import torch
 
+    from .config import DataConfig
+
 # Of a packed row's logits to those of its samples alone, in shares of the largest. Sums in another
 # order differ by some units in the last place, at most 4e-7 in 60 architectures; a convolution with
 # untrained weights that reaches into the sample before, by 6e-5.
@@ -126,6 +128,23 @@ def packed_batch(
         kind = getattr(torch, dtype)
         mask = torch.zeros(mask.shape, dtype=kind).masked_fill(~mask, torch.finfo(kind).min)
     return {**columns, "attention_mask": mask}
+
+
+def check_models(
+    data: DataConfig, collate: Callable[[Any], dict[str, torch.Tensor]], *models: Any
+) -> None:
+    """:func:`check_model` for all models of a run, where its samples are packed.
+
+    Args:
+        models: None stands for a teacher that there isn't.
+
+    Raises:
+        ModelError: likewise.
+    """
+    if data.packing:
+        for model in models:
+            if model is not None:
+                check_model(model, collate, data.block_size)
 
 
 def check_model(

@@ -54,7 +54,7 @@ def prune_folder(
     """
     from ort_train.inference.folder import staged as staged_folder
     from ort_train.models import load_model
-    from ort_train.packing import check_model
+    from ort_train.packing import check_models
     from ort_train.pruning import prune_model
     from ort_train.samples import make_samples
 
@@ -76,8 +76,7 @@ def prune_folder(
         block_size, seed = config.data.block_size, config.train.seed
         samples = make_samples(config.data, config.model, seed=seed)
         dense = load_model(config.model, samples.tokenizer, seed, block_size)
-        if config.data.packing:
-            check_model(dense, samples.collate, block_size)
+        check_models(config.data, samples.collate, dense)
         model = load_model(config.model, samples.tokenizer, seed, block_size)
         layers = prune_model(model, pattern, sparsity, exclude)
         model.save_pretrained(staged)
