@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import AdapterConfig, near_matches
+from .config import AdapterConfig
 from .errors import ModelError
+from .near import near_matches
 from .tasks import Task, peft_type
 
 if TYPE_CHECKING:

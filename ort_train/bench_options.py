@@ -9,7 +9,7 @@ from typing import Any
 
 from ort_train import record as records
 from ort_train import report
-from ort_train.config import near_matches
+from ort_train.near import near_matches
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:

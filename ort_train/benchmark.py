@@ -27,8 +27,9 @@ from ort_train.bench_options import (
 )
 from ort_train.bench_run import Case, Run, result
 from ort_train.bench_turns import take_turns
-from ort_train.config import RunConfig, near_matches, parse
+from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
+from ort_train.near import near_matches
 
 BACKENDS = ("eager", "compile", "ort")
 DENSE = "ort-dense"

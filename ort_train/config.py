@@ -23,6 +23,7 @@ from pydantic import (
 
 from .contradictions import contradictions
 from .errors import ConfigError
+from .near import near_matches
 from .tasks import Task
 
 MIN_VOCAB_SIZE = 259
@@ -45,18 +46,6 @@ LR_SCHEDULERS = """
 linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt
 reduce_lr_on_plateau cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy
 """.split()  # noqa: SIM905
-
-
-def near_matches(name: str, options: Iterable[str]) -> str:
-    """Says which of the options the name was probably meant to be, or what there is.
-
-    Returns:
-        ``did you mean X or Y?``, or ``there are A, B, C`` where nothing is near.
-    """
-    options = sorted(options)
-    if near := difflib.get_close_matches(name, options, n=2):
-        return f"did you mean {' or '.join(near)}?"
-    return f"there are {', '.join(options)}" if options else "there are none"
 
 
 def _one_of(options: list[str]) -> AfterValidator:

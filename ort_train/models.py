@@ -29,9 +29,10 @@ from transformers import (
 )
 
 from . import cache, tasks
-from .config import MIN_VOCAB_SIZE, ModelConfig, near_matches
+from .config import MIN_VOCAB_SIZE, ModelConfig
 from .data import hub_problem
 from .errors import ModelError
+from .near import near_matches
 from .quantization import (
     Quantization,
     loading_options,

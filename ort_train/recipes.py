@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from .config import ModelConfig, RunConfig, near_matches, parse
+from .config import ModelConfig, RunConfig, parse
 from .errors import ConfigError
 from .known_models import KNOWN_MODELS
+from .near import near_matches
 from .quantization import of_run
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ make its own, over one group of all parameters.)
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import json
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ort_train import distributed
-from ort_train.config import TrainConfig, near_matches
+from ort_train.config import TrainConfig
 from ort_train.errors import ConfigError
+from ort_train.near import did_you_mean, near_matches
 
 AUTO = "auto"
 #: Filled in where a user's config leaves them out: DeepSpeed's own defaults would set aside what
@@ -181,9 +181,9 @@ def problems_of_recipe(train: TrainConfig, num_ranks: int) -> list[str]:
 
 def _own_problems(values: Mapping[str, Any]) -> Iterator[str]:
     for key in values:
-        near = difflib.get_close_matches(str(key), _TOP_LEVEL_KEYS, n=1, cutoff=0.8)
-        if key not in _TOP_LEVEL_KEYS and near:
-            yield f"deepspeed has an unknown key {key}: did you mean {near[0]}?"
+        hint = did_you_mean(str(key), _TOP_LEVEL_KEYS, cutoff=0.8)
+        if key not in _TOP_LEVEL_KEYS and hint:
+            yield f"deepspeed has an unknown key {key}: {hint}"
     zero = values.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         yield f"deepspeed.zero_optimization {zero!r} should be a mapping"

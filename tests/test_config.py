@@ -16,11 +16,11 @@ from ort_train.config import (
     ModelConfig,
     RunConfig,
     keys,
-    near_matches,
     parse,
     to_yaml,
 )
 from ort_train.errors import ConfigError
+from ort_train.near import near_matches
 
 
 def made(**sections) -> dict:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ort_train.config import near_matches
 from ort_train.errors import ConfigError, ModelError
 from ort_train.inference import onnx_files
+from ort_train.near import near_matches
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto

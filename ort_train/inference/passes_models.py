@@ -82,7 +82,7 @@ def check_known(names: list[str]) -> None:
     Raises:
         ConfigError: with all of them.
     """
-    from ort_train.config import near_matches
+    from ort_train.near import near_matches
 
     if unknown := [name for name in names if name not in MODELS]:
         raise ConfigError(

@@ -8,7 +8,6 @@ which ORTModule is constructed and exports, and takes them out again.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ort_train.errors import ConfigError
+from ort_train.near import did_you_mean
 from ort_train.ortmodule import triton_fusion
 
 LogLevelName = Literal["verbose", "info", "warning", "error", "fatal"]
@@ -273,9 +273,10 @@ def parse_options(values: dict[str, Any]) -> OrtOptions:
     problems = []
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            problems.append(f"unknown option {name!r} of backend ort{hint}")
+            hint = did_you_mean(name, known)
+            problems.append(
+                f"unknown option {name!r} of backend ort" + (f"; {hint}" if hint else "")
+            )
     try:
         options = OrtOptions(**{name: value for name, value in values.items() if name in known})
     except ConfigError as error:

@@ -7,7 +7,6 @@ kernels of a graph can be generated, run in Triton's interpreter and compiled wi
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ort_train.errors import BackendUnavailableError, ConfigError
+from ort_train.near import did_you_mean
 
 _CONFIG_KEYS = ("ops", "initializer", "min_nodes", "symbolic_shape_hint")
 _OP_KEYS = ("domain", "versions", "is_no_op", "conditions", "ignore_min_nodes")
@@ -104,8 +104,8 @@ class FusionConfig:
 
 
 def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {', '.join(near)}?" if near else ""
+    hint = did_you_mean(name, known)
+    return f"; {hint}" if hint else ""
 
 
 def _rule_problems(name: str, rule: dict[str, Any], supported: dict[str, Any]) -> Iterator[str]:
