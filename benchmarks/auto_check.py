@@ -33,6 +33,7 @@ import numpy as np
 
 from ort_train import record
 from ort_train.bench_turns import spread
+from ort_train.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -288,7 +289,7 @@ def main() -> int:
             "limit": LIMIT,
             "cases": [rows[key] for key in CASES if key in rows],
         }
-        with record.replacing(args.out) as file:
+        with replacing(args.out) as file:
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         row = rows[name]
         print(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ort_train import cache, record
+from ort_train.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/test_architectures.py"
@@ -199,13 +200,13 @@ def main() -> int:
             "tests": TESTS,
             "results": results,
         }
-        with record.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-        with record.replacing(path.with_suffix(".md")) as temporary:
+        with replacing(path.with_suffix(".md")) as temporary:
             temporary.write_text(to_markdown(results), encoding="utf-8")
         readme = ROOT / "README.md"
         text = with_table(readme.read_text(encoding="utf-8"), results)
-        with record.replacing(readme) as temporary:
+        with replacing(readme) as temporary:
             temporary.write_text(text, encoding="utf-8")
     if rows:
         print(to_markdown([rows[name] for name in names if name in rows]))

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from ort_train import record
+from ort_train.files import replacing
 
 FILE = Path(__file__).with_suffix(".json")
 LIMIT = 2.2
@@ -120,7 +121,7 @@ def main() -> int:
         **result,
         "peak_vs_weights": round(growth * 2**30 / weights, 3),
     }
-    with record.replacing(FILE) as file:
+    with replacing(FILE) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print({name: content[name] for name in ("weights_gib", "peak_gib", "peak_vs_weights")})
     return int(content["peak_vs_weights"] > LIMIT)

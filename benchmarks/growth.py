@@ -25,6 +25,7 @@ from typing import Any
 from ort_train import record
 from ort_train.bench_run import Case
 from ort_train.benchmark import run_benchmark
+from ort_train.files import replacing
 from ort_train.recipes import load_recipe
 from ort_train.report_views import COLORS
 
@@ -109,7 +110,7 @@ def plot(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     left = figure.axes[0]
     left.set_ylabel("training step, ms")
     left.legend(frameon=False, fontsize=8)
-    with record.replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), metadata={"Date": None})
 
 
@@ -149,7 +150,7 @@ def main() -> int:
         "protocol": {"steps": args.steps, "rounds": args.rounds, "warmup_steps": 2},
         "sweeps": sweeps,
     }
-    with record.replacing(args.out) as file:
+    with replacing(args.out) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     plot(sweeps, args.out.with_suffix(".svg"))
     return int(any(point["status"] != "ok" for points in sweeps.values() for point in points))

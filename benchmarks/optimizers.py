@@ -22,6 +22,7 @@ import numpy as np
 
 from ort_train import record
 from ort_train.bench_turns import spread
+from ort_train.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def main() -> int:
         medians = {way: values["median"] for way, values in rows[-1]["step_ms"].items()}
         print(f"{name}: {medians} ms a step, weights within {rows[-1]['weights_max_abs']:.1e}")
     content = {**record.envelope(started_at, machine), "steps": args.steps, "cases": rows}
-    with record.replacing(args.out) as file:
+    with replacing(args.out) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     # What is as fast within the noise of a few percent would be as good.
     slower = [

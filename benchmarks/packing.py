@@ -25,6 +25,7 @@ from ort_train import record
 from ort_train.bench_run import Case, Run
 from ort_train.bench_turns import CaseRun, spread, take_turns
 from ort_train.config import RunConfig, parse
+from ort_train.files import replacing
 from ort_train.recipes import load_recipe
 from ort_train.samples import make_samples
 
@@ -172,7 +173,7 @@ def main() -> int:
     started_at, machine = record.now(), record.machine(args.threads)
     results = measure(config, args.steps, args.rounds, args.warmup, args.threads)
     text = {"recipe": config.name, **record.envelope(started_at, machine), "results": results}
-    with record.replacing(args.out) as file:
+    with replacing(args.out) as file:
         file.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     for name, result in results.items():
         rate = result.get("tokens_per_s", {}).get("median")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ort_train import record
+from ort_train.files import replacing
 
 FILE = Path(__file__).with_suffix(".json")
 SHAPE = (4, 512)  # samples, tokens
@@ -185,7 +186,7 @@ def main() -> int:
         "shape": SHAPE,
         "results": entries,
     }
-    with record.replacing(FILE) as file:
+    with replacing(FILE) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     losses = [entry["loss"] for entry in entries]
     return int(

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of all trainings: data.folder=...")
     overrides = parser.parse_args().overrides
     from ort_train import record as records
+    from ort_train.files import replacing
     from ort_train.recipes import load_recipe
 
     teacher = load_recipe("runs/quickstart/config.yaml").train.max_steps
@@ -84,7 +85,7 @@ def main() -> None:
             "2:4": prune(folder / "p24", pattern="2:4", overrides=overrides),
             "50%": prune(folder / "p50", sparsity=0.5, overrides=overrides),
         }
-    with records.replacing(RECORD) as file:
+    with replacing(RECORD) as file:
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     chart(record, CHART)
 

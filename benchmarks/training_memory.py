@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ort_train import record
+from ort_train.files import replacing
 
 FILE = Path(__file__).with_suffix(".json")
 BACKENDS = ("eager", "ort")
@@ -188,7 +189,7 @@ def main() -> int:
             "versions": record.versions(),
             "cases": [rows[key] for key in CASES if key in rows],
         }
-        with record.replacing(FILE) as file:
+        with replacing(FILE) as file:
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     over = [row["case"] for row in rows.values() for key, most in row["limit"].items()
             if row[key] > most]  # fmt: skip

@@ -18,7 +18,7 @@ def plot(log_history: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from ort_train.record import replacing
+    from ort_train.files import replacing
 
     def series(name: str) -> tuple[list[int], list[float]]:
         rows = [(log["step"], log[name]) for log in log_history if name in log]

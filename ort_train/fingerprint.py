@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import CheckpointError
-from ort_train.record import replacing
+from ort_train.files import replacing
 
 FILE = "base_fingerprint.json"
 _BLOCK = 64  # bitsandbytes' default

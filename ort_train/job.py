@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ort_train import checkpoints, distributed, quantization, run_folder
 from ort_train.config import RunConfig
 from ort_train.errors import ConfigError, NonFiniteLossError
-from ort_train.record import replacing
+from ort_train.files import replacing
 
 if TYPE_CHECKING:
     from ort_train.distillation import Distiller

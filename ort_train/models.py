@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,6 +30,7 @@ from . import cache, tasks
 from .config import MIN_VOCAB_SIZE, ModelConfig
 from .data import hub_problem
 from .errors import ModelError
+from .files import replacing
 from .near import near_matches
 from .quantization import (
     Quantization,
@@ -131,7 +130,8 @@ def make_tokenizer(
             trained = _read_tokenizer(path, special.values())
             if trained is None:
                 trained = _train_tokenizer(text, vocab_size, special.values())
-                _write_atomically(path, trained.to_str())
+                with replacing(path) as file:
+                    file.write_text(trained.to_str(), encoding="utf-8")
     except OSError as error:
         logger.warning("the tokenizer isn't cached: %s", error)
         trained = _train_tokenizer(text, vocab_size, special.values())
@@ -401,15 +401,3 @@ def _read_tokenizer(path: Path, special: Iterable[str]) -> Tokenizer | None:
         return None
     whole = all(tokenizer.token_to_id(token) is not None for token in special)
     return tokenizer if whole else None
-
-
-def _write_atomically(path: Path, content: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

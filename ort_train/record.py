@@ -12,8 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +22,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ort_train.errors import OrtTrainError
+from ort_train.files import replacing
 
 SCHEMA = 1
 # The flags that decide which matrix kernels torch (MKL, oneDNN) and ORT (MLAS) take.
@@ -345,25 +345,6 @@ def load(path: str | Path) -> dict[str, Any]:
         return validate(record)
     except RecordError as error:
         raise RecordError(f"{path}: {error}") from None
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`, renamed to it when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: matplotlib picks the format by it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def machine(threads: int | None = None, gpu: str | None = None) -> dict[str, Any]:

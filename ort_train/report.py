@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ort_train.record import RecordError, replacing
+from ort_train.files import replacing
+from ort_train.record import RecordError
 from ort_train.report_views import (
     ALPHAS,
     COLORS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from ort_train import checkpoints, distributed
 from ort_train.config import RunConfig, to_yaml
 from ort_train.errors import CheckpointError
-from ort_train.record import replacing
+from ort_train.files import replacing
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "record.json"

@@ -74,22 +74,6 @@ def test_load_of_a_missing_file(tmp_path):
         records.load(tmp_path / "missing.json")
 
 
-def test_replacing_keeps_the_old_file_on_an_error(tmp_path):
-    path = tmp_path / "chart.svg"
-    path.write_text("old")
-
-    def fail():
-        with records.replacing(path) as temporary:
-            assert temporary.suffix == ".svg"
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["chart.svg"]
-
-
 def test_machine_and_versions_of_this_machine():
     machine = records.machine(threads=3)
     assert machine["cpu"]

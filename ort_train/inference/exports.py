@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ort_train.errors import ExportError
+from ort_train.files import replacing
 from ort_train.inference.engines import ENGINES
-from ort_train.record import PACKAGE_ROOT, replacing
+from ort_train.record import PACKAGE_ROOT
 from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
 _SOURCE_FILE = "source.json"

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ort_train.errors import ConfigError, ModelError
+from ort_train.files import replacing
 from ort_train.inference import drawing, onnx_files, passes
-from ort_train.record import replacing
 
 PAGE_FILE = "optimize.html"
 #: Weights, which an optimized folder has of its own.

@@ -24,6 +24,7 @@ from ort_train import record as records
 from ort_train.bench_process import Worker
 from ort_train.bench_turns import CaseRun, short, spread, take_turns
 from ort_train.errors import ConfigError, OrtTrainError
+from ort_train.files import replacing
 from ort_train.inference import passes, passes_models, passes_report
 from ort_train.report import PLOT_SUFFIXES
 
@@ -404,7 +405,7 @@ def main(args: argparse.Namespace) -> int:
 
 def write(record: Mapping[str, Any], path: Path) -> None:
     """Write a record as JSON, whole or not at all."""
-    with records.replacing(path) as temporary:
+    with replacing(path) as temporary:
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
         temporary.write_text(text, encoding="utf-8")
 

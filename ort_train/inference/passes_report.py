@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ort_train.record import replacing
+from ort_train.files import replacing
 from ort_train.report import COLORS, machine_line, versions_line
 from ort_train.report_views import NONE
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ort_train.errors import BackendUnavailableError, ConfigError
+from ort_train.files import replacing
 from ort_train.near import did_you_mean
 
 _CONFIG_KEYS = ("ops", "initializer", "min_nodes", "symbolic_shape_hint")
@@ -96,11 +96,9 @@ class FusionConfig:
 
     def write(self, path: str | Path) -> Path:
         """Write the file that `OrtOptions.triton_config` takes; never half."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(self.as_json() + "\n", encoding="utf-8")
-        temporary.replace(target)
-        return target
+        with replacing(path) as file:
+            file.write_text(self.as_json() + "\n", encoding="utf-8")
+        return Path(path)
 
 
 def _near(name: str, known: Any) -> str:
