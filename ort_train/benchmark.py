@@ -30,11 +30,11 @@ from ort_train.bench_turns import take_turns
 from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
 from ort_train.near import near_matches
+from ort_train.ortmodule.options import SPARSITY
 
 BACKENDS = ("eager", "compile", "ort")
 DENSE = "ort-dense"
 """Backend ort without what the recipe has it leave out of a batch."""
-_SPARSITY = ("label_sparsity", "padding_sparsity")
 PRECISIONS = ("fp32", "bf16", "fp16")
 #: Enough for shares of some percent; a graph's file holds hundreds of lines for each step.
 PROFILE_STEPS = 5
@@ -176,9 +176,9 @@ def _plan(
         reference = Case("eager", "fp32", *shape)
         wanted = [case for case in full if (case.micro_batch_size, case.block_size) == shape]
         for case in dict.fromkeys([reference, *wanted]):
-            if case.backend == DENSE and not any(map(config.train.ort.get, _SPARSITY)):
+            if case.backend == DENSE and not any(map(config.train.ort.get, SPARSITY)):
                 problems.append(
-                    f"backend {DENSE} is ort without {' and '.join(_SPARSITY)}, and train.ort of "
+                    f"backend {DENSE} is ort without {' and '.join(SPARSITY)}, and train.ort of "
                     f"this recipe turns on neither: leave {DENSE} out, or turn one on"
                 )
                 continue
@@ -202,7 +202,7 @@ def _case_config(config: RunConfig, case: Case) -> RunConfig:
     values["data"]["block_size"] = case.block_size
     is_dense = case.backend == DENSE
     if is_dense:
-        values["train"]["ort"] |= dict.fromkeys(_SPARSITY, False)
+        values["train"]["ort"] |= dict.fromkeys(SPARSITY, False)
     values["train"] |= {
         "backend": "ort" if is_dense else case.backend,
         "precision": case.precision,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ort_train.batches import IGNORED_LABEL
+from ort_train.ortmodule.options import SPARSITY
 
 if TYPE_CHECKING:
     from ort_train.ortmodule import OrtOptions
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 CONCRETE_BACKENDS = ("eager", "compile", "ort")
 #: What precision "auto" stands for; fp16 isn't among them, as it needs a gradient scaler.
 AUTO_PRECISIONS = ("fp32", "bf16")
-#: OrtOptions of backend ort that leave tokens out, and the input that says which.
-SPARSITY = {"label_sparsity": "labels", "padding_sparsity": "attention_mask"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Candidate:
     Args:
         backend: eager, compile or ort.
         precision: fp32, bf16 or fp16.
-        sparsity: the options of :data:`SPARSITY` that `auto` turns on, beside those of the user.
+        sparsity: the options of `SPARSITY` that `auto` turns on, beside those of the user.
     """
 
     backend: str
@@ -70,7 +69,7 @@ def no_bf16(device_type: str) -> str | None:
 def densities(
     forward: Callable[..., Any], calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]]
 ) -> dict[str, float]:
-    """How much of the calls' tokens each option of :data:`SPARSITY` would leave in.
+    """How much of the calls' tokens each option of `SPARSITY` would leave in.
 
     Args:
         forward: whose calls these are, which names positional arguments.

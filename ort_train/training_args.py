@@ -245,7 +245,7 @@ class _BackendArguments:
         Raises:
             ConfigError: for unknown fields or values, all at once.
         """
-        from ort_train.ortmodule.options import parse_options
+        from ort_train.ortmodule.options import SPARSITY, parse_options
 
         values = self.ort_options
         if isinstance(values, str):
@@ -268,7 +268,7 @@ class _BackendArguments:
             values.setdefault("save_onnx", True)
             values.setdefault("onnx_prefix", self.onnx_prefix)
             values.setdefault("save_onnx_path", arguments.output_dir)
-        for name in ("label_sparsity", "padding_sparsity"):
+        for name in SPARSITY:
             if (value := getattr(self, name)) is not None:
                 values.setdefault(name, value)
         values.setdefault("log_level", self.onnx_log_level.lower())

@@ -15,13 +15,13 @@ import torch
 from ort_train.backends import available, runner_factory
 from ort_train.candidates import (
     CONCRETE_BACKENDS,
-    SPARSITY,
     Candidate,
     densities,
     no_bf16,
     precisions,
     sparser,
 )
+from ort_train.ortmodule.options import SPARSITY
 from ort_train.probe import Call, distance, probe, step, untouched
 
 if TYPE_CHECKING:

@@ -28,6 +28,8 @@ _PATHS = (
 _CONV_SEARCHES = ("heuristic", "exhaustive")
 _PRODUCTS = ("auto", "onednn", "onnxruntime")
 _FUSIONS = ("none", "triton")
+#: Options that leave tokens out, and the input that says which.
+SPARSITY = {"label_sparsity": "labels", "padding_sparsity": "attention_mask"}
 
 
 @dataclass(frozen=True)
