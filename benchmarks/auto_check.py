@@ -120,6 +120,7 @@ def _made(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from ort_train import bench_worker
+    from ort_train.batches import IGNORED_LABEL
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **fields)
@@ -137,7 +138,7 @@ def _made(
             lengths_B1 = torch.randint(32, 128, (len(ids_BT), 1))
             mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B1).long()
             is_label_BT = (torch.rand(ids_BT.shape) < 0.15) & (mask_BT == 1)
-            labels_BT = ids_BT.masked_fill(~is_label_BT, -100)
+            labels_BT = ids_BT.masked_fill(~is_label_BT, IGNORED_LABEL)
         batches.append({"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT})
     return model, batches
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from ort_train.batches import IGNORED_LABEL
 from ort_train.config import RunConfig
 from ort_train.errors import ConfigError, ModelError
 from ort_train.trainer import ORTTrainer
@@ -21,7 +22,6 @@ from ort_train.trainer import ORTTrainer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100
 #: A made teacher is not the student itself, which the run's own seed makes.
 _SEED_OFFSET = 1
 
@@ -50,11 +50,13 @@ def distillation_loss(
         A scalar in float32.
     """
     targets_N = labels_BT[:, 1:].reshape(-1)
-    learnt_N = targets_N != IGNORED
+    learnt_N = targets_N != IGNORED_LABEL
     vocabulary = student_logits_BTV.shape[-1]
     student_NV = student_logits_BTV[:, :-1].float().reshape(-1, vocabulary)
     teacher_NV = teacher_logits_BTV[:, :-1].float().reshape(-1, vocabulary)
-    cross_entropy = F.cross_entropy(student_NV, targets_N, ignore_index=IGNORED, reduction="sum")
+    cross_entropy = F.cross_entropy(
+        student_NV, targets_N, ignore_index=IGNORED_LABEL, reduction="sum"
+    )
     divergence_N = F.kl_div(
         F.log_softmax(student_NV / temperature, -1),
         F.log_softmax(teacher_NV / temperature, -1),
@@ -174,7 +176,7 @@ class DistillationTrainer(ORTTrainer):
             return F.cross_entropy(
                 logits_BTV[:, :-1].float().flatten(0, 1),
                 labels_BT[:, 1:].flatten(),
-                ignore_index=IGNORED,
+                ignore_index=IGNORED_LABEL,
             )
         return self.distiller.loss(logits_BTV, self._teacher_logits, labels_BT, num_items_in_batch)
 

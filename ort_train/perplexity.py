@@ -50,6 +50,8 @@ def read(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) 
     """
     import torch
 
+    from ort_train.batches import IGNORED_LABEL
+
     was_training = model.training
     model.eval()
     total, num_tokens, num_read, seconds = 0.0, 0, 0, 0.0
@@ -61,7 +63,7 @@ def read(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) 
             with torch.no_grad():
                 loss = model(**inputs, use_cache=False).loss.item()
             seconds += time.perf_counter() - began
-            predicted = int((inputs["labels"][:, 1:] != -100).sum())
+            predicted = int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
             total += loss * predicted
             num_tokens += predicted
             num_read += inputs["input_ids"].numel()
