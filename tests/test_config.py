@@ -20,7 +20,6 @@ from ort_train.config import (
     to_yaml,
 )
 from ort_train.errors import ConfigError
-from ort_train.near import near_matches
 
 
 def made(**sections) -> dict:
@@ -189,11 +188,6 @@ def test_keys_are_those_of_the_sections():
         for name, field in RunConfig.model_fields.items()
         if name not in ("name", "description")
     )
-
-
-def test_near_matches_without_any_near():
-    assert near_matches("zzz", ["a", "b"]) == "there are a, b"
-    assert near_matches("zzz", []) == "there are none"
 
 
 def test_optimizers_and_schedulers_are_those_of_transformers():
