@@ -128,6 +128,21 @@ def _wait_until(
 MANY_STEPS = ("train.max_steps=4000", "train.lr_scheduler=constant")
 
 
+@contextlib.contextmanager
+def _two_ranks(
+    launcher: str, folder: Path, *overrides: str
+) -> Iterator[tuple[subprocess.Popen, Path, list[psutil.Process]]]:
+    """A launch in the midst of its training, its log, and its processes by rank."""
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed")
+    log = folder.with_suffix(".log")
+    with _started(launcher, folder, *MANY_STEPS, *overrides) as process:
+        _wait_until(lambda: "step 3/" in log.read_text(), process, log)
+        ranks = _ranks(process)
+        assert len(ranks) == 2
+        yield process, log, ranks
+
+
 @pytest.mark.slow
 def test_a_stopped_job_ends_with_its_code_and_continues(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
@@ -153,11 +168,7 @@ def test_a_stopped_job_ends_with_its_code_and_continues(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_one_rank_with_a_signal_stops_all(tmp_path: Path) -> None:
     """Signals to the launchers, and DeepSpeed's: tests of the job files."""
-    log = tmp_path / "run.log"
-    with _started("torchrun", tmp_path / "run", *MANY_STEPS) as process:
-        _wait_until(lambda: "step 3/" in log.read_text(), process, log)
-        ranks = _ranks(process)
-        assert len(ranks) == 2
+    with _two_ranks("torchrun", tmp_path / "run") as (process, log, ranks):
         ranks[1].send_signal(signal.SIGTERM)
         code = process.wait(timeout=90)
     text = log.read_text()
@@ -177,13 +188,8 @@ def test_one_rank_with_a_signal_stops_all(tmp_path: Path) -> None:
 def test_a_dead_rank_ends_the_others_and_is_named(
     tmp_path: Path, launcher: str, deepspeed: str
 ) -> None:
-    if launcher == "deepspeed":
-        pytest.importorskip("deepspeed")
-    log = tmp_path / "run.log"
-    options = (*MANY_STEPS, f"train.deepspeed={deepspeed}")
-    with _started(launcher, tmp_path / "run", *options) as process:
-        _wait_until(lambda: "step 3/" in log.read_text(), process, log)
-        survivor, victim = _ranks(process)
+    option = f"train.deepspeed={deepspeed}"
+    with _two_ranks(launcher, tmp_path / "run", option) as (process, log, (survivor, victim)):
         victim.kill()
         code = process.wait(timeout=60)
     assert code != 0
@@ -198,14 +204,9 @@ def test_a_rank_that_has_gone_silent_is_noticed_in_the_time_that_is_set(
     tmp_path: Path, launcher: str, deepspeed: str
 ) -> None:
     """As a host that has lost its power: no connection is closed."""
-    if launcher == "deepspeed":
-        pytest.importorskip("deepspeed")
-    log = tmp_path / "run.log"
     # Enough for the first step, in which one rank may build its graph much sooner than the other.
-    options = (*MANY_STEPS, f"train.deepspeed={deepspeed}", "train.ddp_timeout_s=20")
-    with _started(launcher, tmp_path / "run", *options) as process:
-        _wait_until(lambda: "step 3/" in log.read_text(), process, log)
-        survivor, victim = _ranks(process)
+    options = (f"train.deepspeed={deepspeed}", "train.ddp_timeout_s=20")
+    with _two_ranks(launcher, tmp_path / "run", *options) as (process, log, (survivor, victim)):
         victim.suspend()
         try:
             _wait_until(lambda: not _runs(survivor), process, log, seconds=60)
