@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ from ort_train.probe import Call, distance, probe, step, untouched
 
 if TYPE_CHECKING:
     from ort_train.ortmodule import OrtOptions
+
+logger = logging.getLogger(__name__)
 
 #: Timed passes over the trial batches, the candidates taking turns.
 NUM_ROUNDS = 3
@@ -58,7 +62,7 @@ class Decision:
         precision: the one that it computes in.
         sparsity: the options that leave tokens out, those of the user among them.
         step_ms: median time of forward and backward of each candidate that ran and agreed.
-        rejected: why each other candidate was left out.
+        rejected: why each other candidate was left out, in a line.
         cost_s: what the trial took, compilation and export included.
     """
 
@@ -72,8 +76,15 @@ class Decision:
     def __str__(self) -> str:
         chosen = Candidate(self.backend, self.precision, self.sparsity)
         times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in self.step_ms.items())
-        left_out = "".join(f"; {name} left out: {why}" for name, why in self.rejected.items())
+        left_out = "".join(
+            f"; {name} left out: {_first_sentence(why)}" for name, why in self.rejected.items()
+        )
         return f"backend auto: {chosen} ({times} a step; trial {self.cost_s:.1f} s{left_out})"
+
+
+def _first_sentence(reason: str) -> str:
+    """Without what comes after: ways out are of no use to who has another candidate."""
+    return re.split(r"[.;]\s", reason, maxsplit=1)[0].rstrip(".")
 
 
 class Trial:
@@ -168,7 +179,8 @@ class Trial:
             if not vote:
                 self._runners.pop(candidate, None)
                 why = reasons.get(candidate, "another rank can't run it")
-                self._rejected[str(candidate)] = why
+                self._rejected[str(candidate)] = why.split("\n", 1)[0]
+                logger.debug("%s left out: %s", candidate, why)
         return [candidate for candidate in candidates if candidate in self._runners]
 
     def _rejection(self, candidate: Candidate) -> str | None:
@@ -188,7 +200,7 @@ class Trial:
             run = self._make_runner(candidate)
             found = probe(self._module, run, self._calls)
         except Exception as error:
-            return str(error).split("\n", 1)[0]
+            return str(error).strip() or type(error).__name__
         loss, gradient = distance(found, self._reference)
         loss_limit, gradient_limit = self._limits(candidate)
         # Written so that a NaN is a disagreement.

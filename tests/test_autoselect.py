@@ -131,7 +131,14 @@ class _Wrong:
 
 def _raises(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("operator aten::strange\nand a long trace")
+        raise RuntimeError("no operator aten::strange. Train it elsewhere\nand a long trace")
+
+    return run
+
+
+def _fails_without_a_word(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
 
     return run
 
@@ -144,7 +151,8 @@ def _nan(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     ("made", "reason"),
     [
         (_Wrong, "disagrees with eager fp32 (loss by 0.0e+00, gradients by 5.0e-01)"),
-        (_raises, "operator aten::strange"),
+        (_raises, "no operator aten::strange. Train it elsewhere"),
+        (_fails_without_a_word, "AssertionError"),
         (_nan, "disagrees with eager fp32"),
     ],
 )
@@ -166,6 +174,24 @@ def test_backend_that_is_wrong_or_fails_is_left_out(
     assert chosen.backend == "eager"
     assert chosen.rejected["ort fp32"].startswith(reason)
     assert "\n" not in str(chosen)
+
+
+def test_log_quotes_the_first_sentence_of_an_error_and_debug_all_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    factory = trial.runner_factory
+    monkeypatch.setattr(
+        trial,
+        "runner_factory",
+        lambda name, *args: _raises if name == "ort" else factory(name, *args),
+    )
+    caplog.set_level(logging.DEBUG, "ort_train")
+    train(wrap(_Net(), backend="auto"), 3)
+    by_level = {record.levelno: record.getMessage() for record in caplog.records}
+    assert by_level[logging.WARNING].endswith("; ort fp32 left out: no operator aten::strange)")
+    assert by_level[logging.DEBUG] == (
+        "ort fp32 left out: no operator aten::strange. Train it elsewhere\nand a long trace"
+    )
 
 
 def test_backend_that_cannot_run_here_is_left_out(monkeypatch: pytest.MonkeyPatch):
