@@ -112,3 +112,57 @@ def test_growth_is_compared_with_a_line_through_the_first_point(
     growth.plot({"batch": points}, tmp_path / "one.svg")
     growth.plot({"batch": points, "layers": points}, tmp_path / "growth.svg")
     assert "samples of 128 tokens" in (tmp_path / "growth.svg").read_text()
+
+
+def test_first_step_with_a_cached_graph_computes_the_same(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    graph_cache = script("graph_cache")
+    monkeypatch.setenv("ORT_TRAIN_GRAPH_CACHE", str(tmp_path))
+    config = {
+        **next(iter(graph_cache.MODELS.values())),
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+    }
+    cold, warm = (graph_cache.first_step(config, torch.get_num_threads()) for _ in range(2))
+    assert (cold.pop("graph_from_cache"), warm.pop("graph_from_cache")) == (False, True)
+    assert min(cold.pop("first_step_s"), warm.pop("first_step_s")) > 0
+    assert cold == warm
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_graph_cache_takes_turns_in_fresh_folders(
+    script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_same: bool,
+):
+    graph_cache = script("graph_cache")
+    states = []
+
+    def process(config: dict[str, int], threads: int, cache: str) -> dict[str, Any]:
+        folder = Path(cache)
+        state = "off" if cache == "off" else "warm" if folder.is_dir() else "cold"
+        states.append(state)
+        if state == "cold":
+            folder.mkdir()
+            (folder / "graph.onnx").write_bytes(bytes(10))
+        return {
+            "first_step_s": {"off": 4.0, "cold": 5.0, "warm": 1.0}[state],
+            "graph_from_cache": state == "warm",
+            "loss": 1.0,
+            "gradients": state if not is_same else "same",
+        }
+
+    monkeypatch.setattr(graph_cache, "in_fresh_process", process)
+    found = graph_cache.measure("llama_4_layers", 3, 1, tmp_path)
+    assert states == [
+        "cold",  # of which the warm ones begin
+        *("off", "cold", "warm"),
+        *("cold", "warm", "off"),
+        *("warm", "off", "cold"),
+    ]
+    assert found["is_same"] == is_same
+    assert found["entry_bytes"] == 10
+    assert found["first_step_s"]["warm"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    assert found["vs_off"]["warm"]["median"] == 0.25
+    assert found["vs_off"]["cold"]["median"] == 1.25
