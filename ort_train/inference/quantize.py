@@ -6,9 +6,8 @@ so that memory holds a few copies of its largest weight, not the model.
 
 from __future__ import annotations
 
-import fnmatch
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,9 +25,11 @@ from ort_train.inference.folder import (
     write_info,
 )
 from ort_train.inference.graph import MICROSOFT, DataWriter
+from ort_train.inference.half import write_half
+from ort_train.inference.products import LayerReport, Product, WeightError, select_products
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
     from ort_train.inference.evaluate import Comparison
 
@@ -39,8 +40,6 @@ ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 #: Largest mean KL(fp32 || quantized), in nats a token: what raises a perplexity by 3%.
 MAX_KL = 0.03
 _EXACT_BLOCK_SIZE = 32
-# Rows of a weight that are quantized at a time.
-_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -84,23 +83,6 @@ class Scheme:
             return self.bits
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"int4 {kind}, block {self.block_size}, accuracy level {self.accuracy_level}"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """A weight that was quantized.
-
-    Attributes:
-        name: of its node.
-        shape: inputs, outputs.
-        rel_error: Frobenius norm of the difference, over that of the weight.
-        max_abs_error: of one number.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rel_error: float
-    max_abs_error: float
 
 
 @dataclass(frozen=True)
@@ -162,8 +144,10 @@ def quantize_folder(
         )
     model = load_graph(source.path)
     with staged(out_dir, source.num_bytes) as folder:
-        write = _write_half if scheme.bits == "fp16" else _write_quantized
-        layers, left_out = write(model, source.path, folder, scheme, exclude)
+        if scheme.bits == "fp16":
+            layers, left_out = write_half(model, source.path, folder, exclude)
+        else:
+            layers, left_out = _write_quantized(model, source.path, folder, scheme, exclude)
         copy_companions(source, folder)
         info = source.info.model_copy(update={"precision": scheme.bits, "parity": None})
         write_info(folder, info)
@@ -199,77 +183,14 @@ def _check(comparison: Comparison, scheme: Scheme, max_kl: float) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A product of an activation with a weight.
-
-    Attributes:
-        by_outputs: whether the weight is (outputs, inputs) rather than (inputs, outputs).
-        bias: of a Gemm.
-    """
-
-    node: NodeProto
-    weight: TensorProto
-    by_outputs: bool
-    bias: str = ""
-
-    @property
-    def num_inputs(self) -> int:
-        return self.weight.dims[1 if self.by_outputs else 0]
-
-    @property
-    def num_outputs(self) -> int:
-        return self.weight.dims[0 if self.by_outputs else 1]
-
-    def chunks(self, array: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Some outputs at a time, as float32 rows (outputs, inputs)."""
-        step = max(1, _CHUNK_BYTES // (4 * self.num_inputs))
-        for start in range(0, self.num_outputs, step):
-            part = slice(start, min(start + step, self.num_outputs))
-            rows = array[part] if self.by_outputs else array[:, part].T
-            yield part, np.ascontiguousarray(rows, np.float32)
-
-
-def _products(graph: GraphProto) -> Iterator[_Product]:
-    from onnx import TensorProto
-
-    weights = {
-        tensor.name: tensor
-        for tensor in graph.initializer
-        if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
-    }
-    # A traced graph multiplies by the transposed embedding where the output shares its weight.
-    transposed = {
-        node.output[0]: weights[node.input[0]]
-        for node in graph.node
-        if node.op_type == "Transpose" and node.input[0] in weights
-    }
-    for node in graph.node:
-        if node.op_type not in ("MatMul", "FusedMatMul", "Gemm"):
-            continue
-        is_transposed = node.input[1] in transposed
-        weight = transposed.get(node.input[1]) if is_transposed else weights.get(node.input[1])
-        if weight is None:
-            continue
-        settings = {a.name: a.f if a.HasField("f") else a.i for a in node.attribute}
-        by_outputs = bool(settings.pop("transB", 0)) != is_transposed
-        neutral = {"alpha": 1.0, "beta": 1.0}
-        if any(value != neutral.get(name, 0) for name, value in settings.items()):
-            continue  # scaled, or with its activation transposed
-        bias = node.input[2] if len(node.input) > 2 else ""
-        yield _Product(node, weight, by_outputs, bias)
-
-
 def _write_quantized(
     model: ModelProto, source: Path, folder: Path, scheme: Scheme, exclude: Sequence[str]
 ) -> tuple[list[LayerReport], list[str]]:
     from onnx import helper
 
     graph = model.graph
-    all_products = list(_products(graph))
-    left_out = [p.node.name for p in all_products if _is_excluded(p.node.name, exclude)]
-    products = {p.node.name: p for p in all_products if p.node.name not in left_out}
-    _check_exclude(exclude, all_products)
+    chosen, left_out = select_products(graph, exclude)
+    products = {product.node.name: product for product in chosen}
     if not products:
         raise ModelError(
             "there is no product with a weight to quantize"
@@ -311,7 +232,7 @@ def _write_quantized(
 
 
 def _int4_nodes(
-    product: _Product,
+    product: Product,
     array: np.ndarray,
     scheme: Scheme,
     writer: DataWriter,
@@ -324,7 +245,7 @@ def _int4_nodes(
     packed = np.empty((outputs, num_blocks, block // 2), np.uint8)
     scales = np.empty((outputs, num_blocks), np.float32)
     zeros = None if scheme.symmetric else np.empty((outputs, -(-num_blocks // 2)), np.uint8)
-    error = _Error()
+    error = WeightError()
     for part, rows in product.chunks(array):
         quantized = blockwise.quantize_int4(rows, block, scheme.symmetric)
         packed[part], scales[part] = quantized.packed_NGB, quantized.scales_NG
@@ -361,7 +282,7 @@ def _int4_nodes(
 
 
 def _int8_nodes(
-    product: _Product,
+    product: Product,
     array: np.ndarray,
     scheme: Scheme,
     writer: DataWriter,
@@ -372,7 +293,7 @@ def _int8_nodes(
     inputs, outputs = product.num_inputs, product.num_outputs
     numbers = np.empty((inputs, outputs), np.uint8)
     scales = np.empty(outputs, np.float32)
-    error = _Error()
+    error = WeightError()
     for part, rows in product.chunks(array):
         quantized, scales[part] = blockwise.quantize_int8(rows)
         numbers[:, part] = quantized.T
@@ -392,94 +313,3 @@ def _int8_nodes(
         domain=MICROSOFT,
     )
     return [made], error.report(name, (inputs, outputs))
-
-
-def _write_half(
-    model: ModelProto, source: Path, folder: Path, scheme: Scheme, exclude: Sequence[str]
-) -> tuple[list[LayerReport], list[str]]:
-    """Half precision inside, by onnxruntime's converter, which sees large weights as inputs."""
-    from onnx import TensorProto, helper
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    graph = model.graph
-    products = list(_products(graph))
-    left_out = [p.node.name for p in products if _is_excluded(p.node.name, exclude)]
-    _check_exclude(exclude, products)
-    nodes = {p.weight.name: p for p in products if p.node.name not in left_out}
-    interface = [value.name for value in (*graph.input, *graph.output)]
-    outer = {}
-    inner = []
-    for tensor in graph.initializer:
-        large = tensor.data_location == TensorProto.EXTERNAL
-        if large and tensor.data_type == TensorProto.FLOAT:
-            outer[tensor.name] = tensor
-            value = helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, tensor.dims)
-            graph.input.append(value)
-        elif large:
-            raise ModelError(f"weight {tensor.name} is no float32: export the model again")
-        else:
-            inner.append(tensor)
-    onnx_files.replace_initializers(model, inner)
-    half = convert_float_to_float16(
-        model,
-        keep_io_types=interface,
-        disable_shape_infer=True,
-        node_block_list=left_out or None,
-    )
-    graph = half.graph
-    types = {v.name: v.type.tensor_type.elem_type for v in graph.input if v.name in outer}
-    inputs = [value for value in graph.input if value.name not in outer]
-    del graph.input[:]
-    graph.input.extend(inputs)
-    layers = []
-    tensors = list(graph.initializer)
-    with DataWriter(folder / onnx_files.DATA_FILE) as writer:
-        for name, tensor in tqdm(outer.items(), desc="Halving", delay=1, leave=False):
-            array = onnx_files.read_array(tensor, source)
-            if types[name] != TensorProto.FLOAT16:
-                tensors.append(writer.tensor(name, array))
-                continue
-            narrow = array.astype(np.float16)
-            if not np.isfinite(narrow).all():
-                raise ModelError(
-                    f"weight {name} exceeds fp16's largest number 65504: use int8 or int4"
-                )
-            tensors.append(writer.tensor(name, narrow))
-            if (product := nodes.get(name)) is not None:
-                error = _Error()
-                error.add(array, narrow.astype(np.float32))
-                shape = (product.num_inputs, product.num_outputs)
-                layers.append(error.report(product.node.name, shape))
-    onnx_files.replace_initializers(half, tensors)
-    onnx_files.save_graph(half, folder / onnx_files.MODEL_FILE)
-    return layers, left_out
-
-
-class _Error:
-    """Of a weight, chunk by chunk."""
-
-    def __init__(self) -> None:
-        self._difference, self._norm, self._worst = 0.0, 0.0, 0.0
-
-    def add(self, weight: np.ndarray, stored: np.ndarray) -> None:
-        difference = stored - weight
-        self._difference += float(np.square(difference, dtype=np.float64).sum())
-        self._norm += float(np.square(weight, dtype=np.float64).sum())
-        self._worst = max(self._worst, float(np.abs(difference).max()))
-
-    def report(self, name: str, shape: tuple[int, int]) -> LayerReport:
-        relative = (self._difference / self._norm) ** 0.5 if self._norm else 0.0
-        return LayerReport(name, shape, relative, self._worst)
-
-
-def _check_exclude(patterns: Sequence[str], products: Sequence[_Product]) -> None:
-    names = [product.node.name for product in products]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ModelError(
-                f"--exclude {pattern!r} fits no product: they are named like {', '.join(names[:3])}"
-            )
-
-
-def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
