@@ -17,9 +17,10 @@ from ort_train import report
 from ort_train.backends import available
 from ort_train.cli import main
 from ort_train.errors import ConfigError, ExportError
-from ort_train.inference import bench_generation, exports, gguf_convert
-from ort_train.inference.bench_generation import PYTHON_VARIABLE, compare, run_benchmark
+from ort_train.inference import exports, generation_run, gguf_convert
+from ort_train.inference.bench_generation import PYTHON_VARIABLE, run_benchmark
 from ort_train.inference.engines import ENGINES, expand
+from ort_train.inference.generation_run import compare
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_a_folder_of_another_purpose_is_left_alone(model, tmp_path):
 
 def test_all_problems_are_told_before_anything_is_made(model, tmp_path, monkeypatch):
     copied = Path(shutil.copytree(model, tmp_path / "model"))
-    monkeypatch.setattr(bench_generation, "Worker", None)
+    monkeypatch.setattr(generation_run, "Worker", None)
     with pytest.raises(ConfigError) as caught:
         run_benchmark(
             copied, ["ort-fp8", "llamacpp-f32"], [0], [12, 127], new_tokens=2, rounds=0, threads=0

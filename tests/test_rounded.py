@@ -13,8 +13,8 @@ from decoders import FUSED, TRACED, make_decoder
 from transformers import AutoModelForCausalLM
 
 from ort_train.inference import export_model, load_folder
-from ort_train.inference.bench_generation import _distance
 from ort_train.inference.engines import ENGINES
+from ort_train.inference.generation_run import _distance
 from ort_train.inference.quantize import Scheme, quantize_folder
 from ort_train.inference.rounded import round_weight, write_rounded
 from ort_train.inference.session import DecoderSession

@@ -1,7 +1,8 @@
 """`ort-train bench-inference`: prompts and generation by several engines, held against eager.
 
 What runs is decided here; `engines.py` names the engines, `exports.py` makes what they load,
-`generation_worker.py` and `llamacpp_worker.py` run them, `bench_turns.py` takes them in turns.
+`generation_worker.py` and `llamacpp_worker.py` run them, `bench_turns.py` takes them in turns,
+`generation_run.py` holds what one case yields.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from tqdm import tqdm
 
 from ort_train import record as records
 from ort_train.bench_options import add_outputs, numbers, output_problems, show_and_save, words
-from ort_train.bench_process import Worker
-from ort_train.bench_turns import CaseRun, paired_ratios, short, spread, take_turns
+from ort_train.bench_turns import take_turns
 from ort_train.errors import ConfigError
 from ort_train.inference import exports
 from ort_train.inference.engines import DEFAULT, ENGINES, GROUPS, REFERENCE, expand
+from ort_train.inference.generation_run import Case, Run, result, speeds
 from ort_train.inference.gguf_convert import obstacle
 from ort_train.inference.session import default_num_threads
-from ort_train.parity import finite
 
 PYTHON_VARIABLE = "ORT_TRAIN_LLAMACPP_PYTHON"
 INSTALL_LLAMACPP = (
@@ -39,117 +38,6 @@ INSTALL_LLAMACPP = (
     "gguf"
 )
 _SEED = 0
-# A token may be another where eager's own logits are this close: each of the two may be off by five
-# times the rms of the differences, which one of some 30,000 normal ones hardly exceeds.
-_TIE = 10.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """An engine, rows of a batch, tokens of each prompt."""
-
-    engine: str
-    batch_size: int
-    prompt_len: int
-
-    def __str__(self) -> str:
-        return f"{self.engine} {self.batch_size}x{self.prompt_len}"
-
-
-@dataclass
-class Run(CaseRun):
-    """A case of prompts and generation; `config` is what its worker is told.
-
-    Attributes:
-        on_own_weights: eager on the rounded weights of this engine, which it is held against.
-    """
-
-    python: str = sys.executable
-    on_own_weights: Run | None = None
-
-    @property
-    def outputs(self) -> Path:
-        return self.files / "outputs.npz"
-
-    def start_worker(self, timeout_s: float) -> Worker:
-        is_llamacpp = ENGINES[self.case.engine].runs_in == "llamacpp"
-        module = "llamacpp_worker" if is_llamacpp else "generation_worker"
-        command = [self.python, "-m", f"ort_train.inference.{module}"]
-        return Worker(self.files, timeout_s, command)
-
-    def run_once(self, folder: Path, timeout_s: float) -> None:
-        """One prompt and generation, for its outputs alone."""
-        folder.mkdir()
-        try:
-            self.prepare(folder, timeout_s)
-            if self.status == "ok":
-                self.finish()
-        finally:
-            self.kill()
-
-    def request(self) -> dict[str, Any]:
-        return {"engine": self.case.engine, "outputs": str(self.outputs), **self.config}
-
-    def compare(self, reference: CaseRun) -> str | None:
-        assert isinstance(reference, Run)
-        tolerance = ENGINES[self.case.engine].tolerance
-        own = self.on_own_weights or reference
-        if own.status != "ok":
-            return f"nothing to compare with: eager on its weights is {own.status}: {own.reason}"
-        with np.load(self.outputs) as ours, np.load(own.outputs) as theirs:
-            self.parity, problem = compare(dict(ours), dict(theirs), tolerance)
-            if own is not reference:
-                with np.load(reference.outputs) as original:
-                    rounding = _distance(theirs["logits"], original["logits"])
-                self.parity["rounding_rel"] = finite(rounding)
-        return problem
-
-
-def compare(
-    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float
-) -> tuple[dict[str, Any], str | None]:
-    """Hold an engine's logits and greedy tokens against eager's.
-
-    Args:
-        ours: `logits` (B, V) after the prompts, and `tokens` (B, N).
-        theirs: also `candidates` and `values` (B, N, K): eager's highest logits of each step.
-        tolerance: of the rms of the logits' differences, over the standard deviation of eager's.
-
-    Returns:
-        The record's parity section, and what exceeds the tolerance (None: nothing does).
-    """
-    deviation = float(theirs["logits"].std())
-    error = _distance(ours["logits"], theirs["logits"])
-    equal = np.cumprod(ours["tokens"] == theirs["tokens"], axis=1).sum(axis=1)
-    parity = {
-        "logits_rel": finite(error),
-        "tolerance": tolerance,
-        "equal_tokens": [int(number) for number in equal],
-    }
-    # Written so that a NaN, which compares false with everything, is a problem.
-    if not error <= tolerance:
-        return parity, (
-            f"logits after the prompt differ by {error:.2g} of their deviation (allowed "
-            f"{tolerance:g})"
-        )
-    for row, step in enumerate(equal):
-        if step == ours["tokens"].shape[1]:
-            continue
-        token = int(ours["tokens"][row, step])
-        candidates, values = theirs["candidates"][row, step], theirs["values"][row, step]
-        near = values[candidates == token]
-        gap = (values.max() - near[0]) / deviation if near.size else float("inf")
-        if not gap <= _TIE * tolerance:
-            return parity, (
-                f"token {step + 1} generated in row {row + 1} is {token}, whose logit is "
-                f"{gap:.2g} deviations below that of eager's choice (allowed {_TIE * tolerance:g})"
-            )
-    return parity, None
-
-
-def _distance(ours_BV: np.ndarray, theirs_BV: np.ndarray) -> float:
-    """The rms of the logits' differences, over the standard deviation of theirs."""
-    return float(np.sqrt(np.mean((ours_BV - theirs_BV) ** 2)) / theirs_BV.std())
 
 
 def run_benchmark(
@@ -240,7 +128,7 @@ def run_benchmark(
                 prepare={},
                 turn={},
                 prepared_line=lambda run: f"ready after {run.prepared['load_s']:.1f} s",
-                turn_line=lambda run: _speeds(run, new_tokens),
+                turn_line=lambda run: speeds(run, new_tokens),
                 timeout_s=timeout_s,
                 bar=bar,
                 tell=tell,
@@ -264,7 +152,7 @@ def run_benchmark(
                 "rounds": rounds,
                 "warmup": "one prompt and generation",
             },
-            "results": [_result(run, runs, new_tokens) for run in runs],
+            "results": [result(run, runs, new_tokens) for run in runs],
         },
     )
     if llamacpp_version is not None:
@@ -357,53 +245,6 @@ def _num_parameters(model: Path) -> int:
 def _prompts(vocab_size: int, batch_size: int, prompt_len: int) -> np.ndarray:
     """Random tokens: what they say has no bearing on speed."""
     return np.random.default_rng(_SEED).integers(0, vocab_size, (batch_size, prompt_len))
-
-
-def _speeds(run: Run, new_tokens: int) -> str:
-    last, rows = run.rounds[-1], run.case.batch_size
-    prompt = rows * run.case.prompt_len / np.median(last["prompt_s"])
-    generation = rows * new_tokens / last["generate_s"][0]
-    return f"prompt {prompt:,.0f} tokens/s, generation {generation:,.1f} tokens/s"
-
-
-def _result(run: Run, runs: Sequence[Run], new_tokens: int) -> dict[str, Any]:
-    """The record's entry of one run."""
-    case = run.case
-    entry: dict[str, Any] = {
-        "engine": case.engine,
-        "batch_size": case.batch_size,
-        "prompt_len": case.prompt_len,
-        "status": run.status,
-        "reason": run.reason,
-        "reference_only": run.reference_only,
-    }
-    if run.status not in ("ok", "mismatch"):
-        return entry
-    prompt_s, generate_s = np.array(run.series("prompt_s")), np.array(run.series("generate_s"))
-    entry |= {
-        "load_s": short(run.prepared["load_s"]),
-        "peak_gib": None if run.peak_gib is None else short(run.peak_gib),
-        "parity": run.parity,
-        "prompt_tokens_per_s": spread(case.batch_size * case.prompt_len / prompt_s),
-        "generate_tokens_per_s": spread(case.batch_size * new_tokens / generate_s),
-        "prompt_ms": spread(prompt_s * 1e3),
-        "token_ms": spread(generate_s / new_tokens * 1e3),
-        "speedups": {},
-    }
-    for baseline in (REFERENCE, *ENGINES[case.engine].baselines):
-        other = _find(runs, Case(baseline, case.batch_size, case.prompt_len))
-        prompt = paired_ratios(run, other, "prompt_s")
-        generation = paired_ratios(run, other, "generate_s")
-        if prompt is not None and generation is not None:
-            entry["speedups"][baseline] = {
-                "prompt": spread(prompt),
-                "generation": spread(generation),
-            }
-    return entry
-
-
-def _find(runs: Sequence[Run], case: Case) -> Run | None:
-    return next((run for run in runs if run.case == case), None)
 
 
 # The command line: `ort-train bench-inference`.

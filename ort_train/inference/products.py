@@ -1,4 +1,4 @@
-"""Products of an activation with a weight, and how far that weight is from what is stored for it."""
+"""Products of activations with weights, and how far a weight is from what is stored for it."""
 
 from __future__ import annotations
 
