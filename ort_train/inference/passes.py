@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from ort_train.errors import ConfigError, ModelError
 from ort_train.inference import onnx_files
+from ort_train.inference.feeds import random_feeds
 from ort_train.near import near_matches
 
 if TYPE_CHECKING:
@@ -333,86 +334,6 @@ class _Graph:
 class _Trial:
     feeds: dict[str, np.ndarray]
     outputs: list[np.ndarray]
-
-
-def random_feeds(
-    model: ModelProto,
-    sizes: Mapping[str, int] | None = None,
-    skip: Collection[str] = (),
-    batch: int = 2,
-    length: int = 8,
-) -> dict[str, np.ndarray]:
-    """Inputs that a transformer's graph accepts.
-
-    Floats are normal; integers that index a table (ids, positions) are spread over its rows, others
-    (masks, lengths) are 1.
-
-    Args:
-        sizes: of symbolic dimensions, by name.
-        skip: inputs that aren't wanted.
-        batch: size of dimensions that are named after it.
-        length: of all other symbolic dimensions; those named after the past are 0.
-
-    Returns:
-        One array for each input of the graph.
-    """
-    from onnx import helper
-
-    rng = np.random.default_rng(0)
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    rows = _indexed_rows(model)
-    feeds: dict[str, np.ndarray] = {}
-    for value in model.graph.input:
-        if value.name in initializers or value.name in skip:
-            continue
-        tensor = value.type.tensor_type
-        shape = [_size(dim, sizes or {}, batch, length) for dim in tensor.shape.dim]
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        if np.issubdtype(dtype, np.floating):
-            feeds[value.name] = rng.standard_normal(shape).astype(dtype)
-        elif value.name in rows:
-            feeds[value.name] = rng.integers(0, rows[value.name], shape).astype(dtype)
-        else:
-            feeds[value.name] = np.ones(shape, dtype)
-    return feeds
-
-
-def _size(dim: Any, sizes: Mapping[str, int], batch: int, length: int) -> int:
-    if dim.HasField("dim_value"):
-        return dim.dim_value
-
-    def named(name: str) -> int:
-        if name in sizes:
-            return sizes[name]
-        if name.startswith("past"):
-            return 0
-        return batch if "batch" in name else length
-
-    if dim.dim_param in sizes:
-        return sizes[dim.dim_param]
-    # "past_sequence_length + sequence_length" is the sum of two dimensions.
-    return sum(named(part.strip()) for part in dim.dim_param.split("+"))
-
-
-def _indexed_rows(model: ModelProto) -> dict[str, int]:
-    """Inputs that a Gather takes rows by, with the number of rows."""
-    rows: dict[str, int] = {}
-    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    dims |= {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in model.graph.input
-    }
-    origin: dict[str, str] = {value.name: value.name for value in model.graph.input}
-    for node in model.graph.node:
-        if node.op_type in ("Cast", "Identity", "Unsqueeze", "Reshape") and node.input[0] in origin:
-            origin[node.output[0]] = origin[node.input[0]]
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        if node.op_type == "Gather" and axis == 0 and node.input[1] in origin:
-            table = dims.get(node.input[0])
-            if table and table[0] > 0:
-                name = origin[node.input[1]]
-                rows[name] = min(rows.get(name, table[0]), table[0])
-    return rows
 
 
 def relative_difference(values: np.ndarray, expected: np.ndarray) -> float:
