@@ -14,7 +14,7 @@ pytest.importorskip("onnxoptimizer", reason="needs the extra inference")
 
 from ort_train.cli import main
 from ort_train.errors import ConfigError
-from ort_train.inference import passes, passes_bench, passes_models, passes_report
+from ort_train.inference import passes, passes_bench, passes_models, passes_report, passes_run
 from ort_train.inference.passes_worker import Session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def test_the_exported_graphs_compute_what_the_models_do(name: str, tmp_path: Pat
     ort.start()
     (expected,) = np.load(tmp_path / "a.npz").values()
     for found in np.load(tmp_path / "b.npz").values():
-        assert passes.relative_difference(found, expected) < passes_bench.TOLERANCE
+        assert passes.relative_difference(found, expected) < passes_run.TOLERANCE
     times = ort.round(3)
     assert {variant: len(seconds) for variant, seconds in times.items()} == {"off": 3, "on": 3}
 
@@ -56,7 +56,7 @@ def test_which_models_the_gemm_passes_act_on(name: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
     return passes_bench.run_benchmark(
-        [passes_bench.Size("mlp", 32, 1)],
+        [passes_run.Size("mlp", 32, 1)],
         GEMM_PASSES,
         repeats=4,
         warmup=1,
@@ -75,7 +75,7 @@ def test_a_record(record: dict[str, Any], tmp_path: Path) -> None:
     for name, variant in result["variants"].items():
         assert variant["status"] == "ok", variant
         assert 0 < variant["ms"]["p20"] <= variant["ms"]["median"] <= variant["ms"]["p80"]
-        assert variant["rel_diff"] < passes_bench.TOLERANCE
+        assert variant["rel_diff"] < passes_run.TOLERANCE
         assert ("speedup_vs_original" in variant) == (name != "eager")
     assert result["variants"]["original, on"]["speedup_vs_original"]["median"] == 1
     assert result["changes"]["all"] == {"nodes": [24, 16], "changed": True}
@@ -89,7 +89,7 @@ def test_a_record(record: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_record_is_gone_on_with(record: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"repeats": 4, "warmup": 1, "seq_len": 8, "progress": False}
-    size = [passes_bench.Size("mlp", 32, 1)]
+    size = [passes_run.Size("mlp", 32, 1)]
     again = passes_bench.run_benchmark(size, GEMM_PASSES, **settings, before=record)
     assert again["results"] == record["results"]  # nothing is left to measure
     with pytest.raises(ConfigError, match="differs in passes: use the same settings"):
@@ -134,7 +134,7 @@ def test_a_difference_below_the_noise_is_none(record: dict[str, Any]) -> None:
 def test_other_numbers_are_a_mismatch(tmp_path: Path) -> None:
     runs = []
     for name, value in (("eager", 1.0), ("ort", 1.001)):
-        run = passes_bench._Run(name, {"runner": name})
+        run = passes_run.Run(name, {"runner": name})
         run.files = tmp_path / name
         run.files.mkdir()
         np.savez(run.files / "outputs.npz", out=np.full(3, value, np.float32))
@@ -171,4 +171,4 @@ def test_no_record(tmp_path: Path) -> None:
     with pytest.raises(OrtTrainError, match="no record of `ort-train passes-bench`"):
         passes_bench.load(tmp_path / "other.json")
     with pytest.raises(ConfigError, match="2 problems"):
-        passes_bench.run_benchmark([passes_bench.Size("lama", 8, 1)], ["nop"], repeats=0)
+        passes_bench.run_benchmark([passes_run.Size("lama", 8, 1)], ["nop"], repeats=0)

@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +21,20 @@ from tqdm import tqdm
 
 from ort_train import record as records
 from ort_train.bench_process import Worker
-from ort_train.bench_turns import CaseRun, short, spread, take_turns
+from ort_train.bench_turns import spread, take_turns
 from ort_train.errors import ConfigError, OrtTrainError
 from ort_train.files import replacing
 from ort_train.inference import passes, passes_models, passes_report
+from ort_train.inference.passes_run import COMMAND, Run, Size, result
 from ort_train.report import PLOT_SUFFIXES
 
 SCHEMA = 1
 #: Of a student report on a 2-layer Llama, which saw 21 to 22% in them.
 DEFAULT_PASSES = "eliminate_identity,fuse_transpose_into_gemm,fuse_matmul_add_bias_into_gemm"
-# Largest difference to eager over the largest output: fp32 sums in another order, a few layers.
-TOLERANCE = 1e-4
 _ROUNDS = 10
-_COMMAND = (sys.executable, "-m", "ort_train.inference.passes_worker")
 _COLD_PROCESSES = 3
 # None of these models has weights that a pass would compute with.
 _MAX_INLINE_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model to measure."""
-
-    model: str
-    hidden: int
-    heads: int
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.hidden}"
-
-
-@dataclass
-class _Run(CaseRun):
-    """A runner of one size; `config` is what its worker is told."""
-
-    def start_worker(self, timeout_s: float) -> Worker:
-        return Worker(self.files, timeout_s, _COMMAND)
-
-    def request(self) -> dict[str, Any]:
-        return {**self.config, "output": str(self.files / "outputs.npz")}
-
-    def outputs(self) -> Mapping[str, np.ndarray]:
-        return np.load(self.files / "outputs.npz")
-
-    def compare(self, reference: CaseRun) -> str | None:
-        assert isinstance(reference, _Run)
-        (expected,) = reference.outputs().values()
-        self.parity = {
-            variant: passes.relative_difference(found, expected)
-            for variant, found in self.outputs().items()
-        }
-        wrong = [name for name, difference in self.parity.items() if not difference <= TOLERANCE]
-        if wrong:
-            return f"{', '.join(wrong)} differ from eager by {max(self.parity.values()):.1e}"
-        return None
 
 
 def run_benchmark(
@@ -144,11 +103,11 @@ def run_benchmark(
                 graphs, changes = _graphs(size, names, shape, Path(folder))
                 told = {"values": str(Path(folder) / "input.npy")}
                 sizes_told = {"name": size.model, "hidden": size.hidden, "heads": size.heads}
-                runs = [_Run(f"{size} eager", {**told, "runner": "eager", "sizes": sizes_told})]
+                runs = [Run(f"{size} eager", {**told, "runner": "eager", "sizes": sizes_told})]
                 if with_compile:
                     config = {**told, "runner": "compile", "sizes": sizes_told}
-                    runs.append(_Run(f"{size} compile", config))
-                runs.append(_Run(f"{size} ort", {**told, "runner": "ort", "graphs": graphs}))
+                    runs.append(Run(f"{size} compile", config))
+                runs.append(Run(f"{size} ort", {**told, "runner": "ort", "graphs": graphs}))
                 take_turns(
                     runs,
                     rounds,
@@ -165,7 +124,7 @@ def run_benchmark(
                     bar.set_description(f"{size}: without warm-up")
                     cold = _cold(graphs, told, names[0], repeats, threads, Path(folder), timeout_s)
                 counts = {"repeats": -(-repeats // rounds) * rounds, "rounds": rounds}
-                record["results"].append({**_result(size, runs, changes, cold), **counts})
+                record["results"].append({**result(size, runs, changes, cold), **counts})
                 save(record)
     return record
 
@@ -264,7 +223,7 @@ def _cold(
         for order in (pair, pair[::-1]):
             scratch = folder / f"cold-{attempt}-{order[0].split(',')[0]}"
             scratch.mkdir()
-            worker = Worker(scratch, timeout_s, _COMMAND)
+            worker = Worker(scratch, timeout_s, COMMAND)
             try:
                 reply = worker.request(
                     "prepare",
@@ -284,52 +243,6 @@ def _cold(
         "repeats": repeats,
         "apparent_gain_of_pass": {order: spread(np.array(g)) for order, g in gains.items()},
     }
-
-
-def _result(
-    size: Size, runs: Sequence[_Run], changes: Mapping[str, Any], cold: dict[str, Any] | None
-) -> dict[str, Any]:
-    by_name = {str(run.config["runner"]): run for run in runs}
-    eager, ort = by_name["eager"], by_name["ort"]
-    variants: dict[str, Any] = {}
-    for name, run in by_name.items():
-        if run.status != "ok":
-            variants[name] = {"status": run.status, "reason": run.reason}
-            continue
-        for variant in run.rounds[0]:
-            seconds = np.array(run.series(variant))
-            entry: dict[str, Any] = {
-                "status": "ok",
-                "ms": spread(seconds * 1e3),
-                "first_ms": short(run.prepared["first_ms"][variant]),
-                "rel_diff": short(run.parity[variant]) if run.parity else 0.0,
-            }
-            if eager.status == "ok":
-                entry["speedup_vs_eager"] = spread(_ratios(eager, "eager", run, variant))
-            if name == "ort":
-                level = variant.rpartition(", ")[2]
-                entry["speedup_vs_original"] = spread(
-                    _ratios(ort, f"original, {level}", ort, variant)
-                )
-            variants[variant] = entry
-    return {
-        "model": size.model,
-        "hidden": size.hidden,
-        "heads": size.heads,
-        "changes": dict(changes),
-        "variants": variants,
-        "cold": cold,
-    }
-
-
-def _ratios(baseline: _Run, base: str, run: _Run, variant: str) -> np.ndarray:
-    """How many times faster, round by round."""
-    return np.array(
-        [
-            np.median(theirs[base]) / np.median(ours[variant])
-            for theirs, ours in zip(baseline.rounds, run.rounds, strict=True)
-        ]
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
