@@ -14,7 +14,6 @@ bytecode of what is referred to.
 
 from __future__ import annotations
 
-import dis
 import enum
 import functools
 import hashlib
@@ -28,6 +27,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from ort_train.ortmodule import bytecode
 
 
 class UndescribableError(Exception):
@@ -104,7 +105,6 @@ class Description:
         self._numbers: dict[int, str] = {}
         self._kept: list[Any] = []  # an id is an object's own only while it lives
         self._queue: deque[Callable[[], None]] = deque()
-        self._names: dict[types.CodeType, tuple[str, ...]] = {}
         self._members: set[tuple[int, str]] = set()
 
     def name(self, value: Any, label: str) -> None:
@@ -284,7 +284,7 @@ class Description:
         name = f"{module}.{code.co_qualname}" if sys.version_info >= (3, 11) else code.co_name
         is_known = self._is_known(module)
         strict = not is_known and package(module) not in _FOLLOWED
-        self._feed(number, name, *_code_tokens(code))
+        self._feed(number, name, *bytecode.tokens(code))
         path = f"{name}'s"
         for label, values in (
             ("defaults", function.__defaults__ or ()),
@@ -295,9 +295,9 @@ class Description:
                 self._feed(label, self._global(value, f"{path} {label}", strict))
         if is_known:
             return
-        names = self._names_of(code)
+        names = bytecode.names(code)
         # Attributes may have the name of a global that isn't meant, and can't be understood.
-        for each in _globals_of(code) if strict else names:
+        for each in bytecode.global_names(code) if strict else names:
             if each not in scope or each in _PER_PROCESS:
                 continue
             value = scope[each]
@@ -358,26 +358,6 @@ class Description:
                     path = f"{where}'s {each.__name__}.{name}"
                     self._feed(name, self._global(value, path, strict and not is_known))
 
-    def _names_of(self, code: types.CodeType) -> tuple[str, ...]:
-        """Names that code, and the code within it, takes from its globals and from objects."""
-        if code not in self._names:
-            names = dict.fromkeys(code.co_names)
-            for constant in code.co_consts:
-                if isinstance(constant, types.CodeType):
-                    names.update(dict.fromkeys(self._names_of(constant)))
-            self._names[code] = tuple(names)
-        return self._names[code]
-
-
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    """Names that code, and the code within it, takes from its globals alone."""
-    loads = (i for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    names = dict.fromkeys(str(i.argval) for i in loads)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(dict.fromkeys(_globals_of(constant)))
-    return tuple(names)
-
 
 def _entries(mapping: Any) -> list[tuple[Any, Any]]:
     """What lies in a dict, without the code of one that loads on demand."""
@@ -410,23 +390,6 @@ def _is_native(kind: type) -> bool:
         or any(isinstance(each, types.MemberDescriptorType) for each in vars(base).values())
         for base in kind.__mro__
     )
-
-
-@functools.cache
-def _code_tokens(code: types.CodeType) -> tuple[str, ...]:
-    """Bytecode and constants, without places in files."""
-    constants = []
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            constants.append(" ".join(_code_tokens(constant)))
-        elif isinstance(constant, frozenset):
-            constants.append(repr(sorted(map(repr, constant))))
-        else:
-            constants.append(f"{type(constant).__name__} {constant!r}")
-    signature = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-    table = getattr(code, "co_exceptiontable", b"")
-    return (code.co_code.hex(), table.hex(), repr(signature), repr(names), *constants)
 
 
 def tensor_token(tensor: torch.Tensor, where: str) -> str:
