@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.bench_turns import spread
 from ort_train.files import replacing
 
@@ -270,7 +270,7 @@ def main() -> int:
         row = with_same_choice(measure(args.measure, args.rounds, args.threads))
         print(json.dumps(row))
         return 0
-    started_at, machine = record.now(), record.machine(args.threads)
+    started_at, machine = provenance.now(), provenance.machine(args.threads)
     rows: dict[str, dict[str, Any]] = {}
     if args.out.is_file():
         rows = {row["case"]: row for row in json.loads(args.out.read_text())["cases"]}
@@ -278,7 +278,7 @@ def main() -> int:
         command = [sys.executable, __file__, "--measure", name]
         command += ["--rounds", str(args.rounds), "--threads", str(args.threads)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        sha, is_dirty = record.git_state()
+        sha, is_dirty = provenance.git_state()
         rows[name] = {
             **json.loads(output.splitlines()[-1]),
             "recipe": asdict(CASES[name]),
@@ -286,7 +286,7 @@ def main() -> int:
             "git_dirty": is_dirty,
         }
         content = {
-            **record.envelope(started_at, machine),
+            **provenance.envelope(started_at, machine),
             "limit": LIMIT,
             "cases": [rows[key] for key in CASES if key in rows],
         }

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ort_train import cache, record
+from ort_train import cache, provenance
 from ort_train.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def run_tests(python: Path, report: Path, arguments: list[str]) -> dict[str, Any
         if problem is None:
             problem = case.find("error")
         if problem is not None:
-            message = record.scrub((problem.get("message") or "").split("\n")[0])
+            message = provenance.scrub((problem.get("message") or "").split("\n")[0])
             failed[case.get("name", "")] = message[:300]
         num_skipped += case.find("skipped") is not None
     return {
@@ -174,7 +174,7 @@ def main() -> int:
     rows: dict[str, dict[str, Any]] = {}
     if path.is_file():
         rows = {row["name"]: row for row in json.loads(path.read_text())["results"]}
-    sha, dirty = record.git_state()  # before the results are written
+    sha, dirty = provenance.git_state()  # before the results are written
     for versions in SETS:
         if args.only and versions.name not in args.only:
             continue
@@ -195,8 +195,8 @@ def main() -> int:
         results = [rows[name] for name in names if name in rows]
         contents = {
             "schema": 1,
-            "command": record.command(),
-            "machine": record.machine(),
+            "command": provenance.command(),
+            "machine": provenance.machine(),
             "tests": TESTS,
             "results": results,
         }

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.files import replacing
 
 FILE = Path(__file__).with_suffix(".json")
@@ -107,12 +107,12 @@ def main() -> int:
         exporter.join()
     finally:
         shutil.rmtree(folder)
-    sha, is_dirty = record.git_state()
+    sha, is_dirty = provenance.git_state()
     growth = result["peak_gib"] - result["before_gib"]
     content = {
-        "command": record.command(),
-        "machine": record.machine(),
-        "versions": record.versions(),
+        "command": provenance.command(),
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
         "git_sha": sha,
         "git_dirty": is_dirty,
         "model": {"architecture": "llama", **MODEL},

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.bench_turns import spread
 from ort_train.files import replacing
 
@@ -139,13 +139,13 @@ def main() -> int:
     if args.work:
         print(json.dumps(first_step(json.loads(args.work), args.threads)))
         return 0
-    started_at, machine = record.now(), record.machine(args.threads)
+    started_at, machine = provenance.now(), provenance.machine(args.threads)
     results = []
     for name in args.only or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(name, args.repeats, args.threads, Path(folder)))
     content = {
-        **record.envelope(started_at, machine),
+        **provenance.envelope(started_at, machine),
         "shape": SHAPE,
         "protocol": {"repeats": args.repeats},
         "results": results,

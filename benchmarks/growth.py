@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.bench_run import Case
 from ort_train.benchmark import run_benchmark
 from ort_train.files import replacing
@@ -126,7 +126,7 @@ def main() -> int:
         "--out", type=Path, default=FILE, help="the record; its chart stands beside"
     )
     args = parser.parse_args()
-    started_at, machine = record.now(), record.machine(args.threads)
+    started_at, machine = provenance.now(), provenance.machine(args.threads)
     sweeps: dict[str, list[dict[str, Any]]] = {}
     for sweep in args.only or SWEEPS:
         results = measure(
@@ -145,7 +145,7 @@ def main() -> int:
                 f"{sweep} {point['value']}: {point['backend']} {ms} ms, {point['vs_line']} x line"
             )
     content = {
-        **record.envelope(started_at, machine),
+        **provenance.envelope(started_at, machine),
         "recipe": RECIPE,
         "protocol": {"steps": args.steps, "rounds": args.rounds, "warmup_steps": 2},
         "sweeps": sweeps,

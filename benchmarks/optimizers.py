@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.bench_turns import spread
 from ort_train.files import replacing
 
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=CASES, help="measure this case alone")
     parser.add_argument("--out", type=Path, default=FILE, help="the record")
     args = parser.parse_args()
-    started_at, machine = record.now(), record.machine(args.threads)
+    started_at, machine = provenance.now(), provenance.machine(args.threads)
     import torch
 
     torch.set_num_threads(args.threads)
@@ -127,7 +127,7 @@ def main() -> int:
         rows.append(measure(name, args.rounds, args.steps))
         medians = {way: values["median"] for way, values in rows[-1]["step_ms"].items()}
         print(f"{name}: {medians} ms a step, weights within {rows[-1]['weights_max_abs']:.1e}")
-    content = {**record.envelope(started_at, machine), "steps": args.steps, "cases": rows}
+    content = {**provenance.envelope(started_at, machine), "steps": args.steps, "cases": rows}
     with replacing(args.out) as file:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     # What is as fast within the noise of a few percent would be as good.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.bench_run import Case, Run
 from ort_train.bench_turns import CaseRun, spread, take_turns
 from ort_train.config import RunConfig, parse
@@ -170,9 +170,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=FILE, help="the record (default: %(default)s)")
     args = parser.parse_args()
     config = load_recipe(args.recipe, [], tiny=args.tiny)
-    started_at, machine = record.now(), record.machine(args.threads)
+    started_at, machine = provenance.now(), provenance.machine(args.threads)
     results = measure(config, args.steps, args.rounds, args.warmup, args.threads)
-    text = {"recipe": config.name, **record.envelope(started_at, machine), "results": results}
+    text = {"recipe": config.name, **provenance.envelope(started_at, machine), "results": results}
     with replacing(args.out) as file:
         file.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     for name, result in results.items():

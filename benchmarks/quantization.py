@@ -80,7 +80,7 @@ def accuracy(model: Path, overrides: list[str], folder: Path, threads: int) -> d
     from ort_train.inference import export_model, load_folder
     from ort_train.inference.quantize import quantize_folder
     from ort_train.inference.text import make_rows
-    from ort_train.record import scrub
+    from ort_train.provenance import scrub
 
     exported = folder / "trained"
     export_model(model, exported)
@@ -188,14 +188,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
-    from ort_train import record as records
+    from ort_train import provenance
 
     record: dict[str, Any] = {
-        "command": records.command().replace(records.scrub(str(args.model)), "RUN/model"),
+        "command": provenance.command().replace(provenance.scrub(str(args.model)), "RUN/model"),
         "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": records.machine(threads=args.threads),
-        "versions": records.versions(),
-        "git_sha": records.git_state()[0],
+        "machine": provenance.machine(threads=args.threads),
+        "versions": provenance.versions(),
+        "git_sha": provenance.git_state()[0],
     }
     with tempfile.TemporaryDirectory(prefix="ort_train-quantization-") as folder:
         record["accuracy"] = accuracy(args.model, args.overrides, Path(folder), args.threads)

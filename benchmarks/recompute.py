@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.files import replacing
 
 FILE = Path(__file__).with_suffix(".json")
@@ -173,13 +173,13 @@ def main() -> int:
     if args.work:
         work(args.work[0], args.threads, args.work[1])
         return 0
-    sha, is_dirty = record.git_state()
+    sha, is_dirty = provenance.git_state()
     with tempfile.TemporaryDirectory() as folder:
         entries = measure(args.steps, args.threads, Path(folder))
     content = {
-        "command": record.command(),
-        "machine": record.machine(args.threads),
-        "versions": record.versions(),
+        "command": provenance.command(),
+        "machine": provenance.machine(args.threads),
+        "versions": provenance.versions(),
         "git_sha": sha,
         "git_dirty": is_dirty,
         "model": MODEL,

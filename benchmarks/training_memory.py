@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.files import replacing
 
 FILE = Path(__file__).with_suffix(".json")
@@ -180,13 +180,13 @@ def main() -> int:
     if FILE.is_file():
         rows = {row["case"]: row for row in json.loads(FILE.read_text())["cases"]}
     for name in args.only or CASES:
-        sha, is_dirty = record.git_state()
+        sha, is_dirty = provenance.git_state()
         row = measure_in_processes(name, args.steps, args.threads, args.repeats)
         rows[name] = {**row, "git_sha": sha, "git_dirty": is_dirty}
         content = {
-            "command": record.command(),
-            "machine": record.machine(args.threads),
-            "versions": record.versions(),
+            "command": provenance.command(),
+            "machine": provenance.machine(args.threads),
+            "versions": provenance.versions(),
             "cases": [rows[key] for key in CASES if key in rows],
         }
         with replacing(FILE) as file:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ort_train.errors import OrtTrainError
-from ort_train.record import PACKAGE_ROOT, scrub
+from ort_train.provenance import PACKAGE_ROOT, scrub
 
 COMMAND = (sys.executable, "-m", "ort_train.bench_worker")
 LOG_TAIL_LINES = 12

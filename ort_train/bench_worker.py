@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ort_train.bench_serve import peak_resident_gib, serve
 from ort_train.errors import BackendUnavailableError
-from ort_train.record import scrub
+from ort_train.provenance import scrub
 
 if TYPE_CHECKING:
     import torch

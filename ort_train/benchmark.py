@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ort_train import provenance
 from ort_train import record as records
 from ort_train.bench_options import (
     add_outputs,
@@ -96,8 +97,8 @@ def run_benchmark(
     """
     runs = _plan(config, cases, steps, rounds, warmup_steps, threads)
     tell = on_event or (lambda line: None)
-    started_at = records.now()
-    machine = records.machine()  # before the load that is about to come
+    started_at = provenance.now()
+    machine = provenance.machine()  # before the load that is about to come
     with tqdm(total=len(runs) * (1 + rounds), disable=not progress, unit="turn") as bar:
         for _, group in groupby(runs, key=lambda run: run.shape):
             take_turns(

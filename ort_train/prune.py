@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ort_train.config import RunConfig
 from ort_train.errors import ConfigError
+from ort_train.provenance import versions
 from ort_train.recipes import make_config
-from ort_train.record import versions
 
 if TYPE_CHECKING:
     from ort_train.perplexity import Reading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ort_train import provenance
 from ort_train import record as records
 
 
@@ -53,7 +54,7 @@ def example(*results: dict) -> dict:
             "schema": 1,
             "command": "ort-train bench quickstart --backends eager,compile,ort",
             "started_at": "2025-01-01T00:00:00+00:00",
-            "machine": records.machine(threads=2),
+            "machine": provenance.machine(threads=2),
             "versions": {"python": "3.11.2", "torch": "2.13.0", "onnxruntime": "1.19.2"},
             "git_sha": "0123456789abcdef",
             "git_dirty": False,

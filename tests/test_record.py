@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 from example_records import example
@@ -72,45 +68,3 @@ def test_load_refuses_what_is_no_record(tmp_path, text, message):
 def test_load_of_a_missing_file(tmp_path):
     with pytest.raises(RecordError, match=r"can't read .*missing.json: No such file"):
         records.load(tmp_path / "missing.json")
-
-
-def test_machine_and_versions_of_this_machine():
-    machine = records.machine(threads=3)
-    assert machine["cpu"]
-    assert machine["cores"] >= 1
-    assert machine["threads"] == 3
-    assert machine["memory_gib"] > 0
-    assert set(machine["instruction_sets"]) <= set(records.INSTRUCTION_SETS)
-    assert socket.gethostname() not in json.dumps({k: v for k, v in machine.items() if k != "cpu"})
-    versions = records.versions()
-    assert versions["torch"]
-    assert versions["onnxruntime"], "the training wheel's own distribution name must be known"
-
-
-def test_git_state_needs_a_tracked_file(monkeypatch):
-    sha, dirty = records.git_state()
-    assert sha is None or (len(sha) == 40 and isinstance(dirty, bool))
-    monkeypatch.setattr(records, "PACKAGE_ROOT", Path(tempfile.gettempdir()))
-    assert records.git_state() == (None, None)
-
-
-def test_the_command_names_no_directory_of_this_machine(monkeypatch):
-    arguments = [f"{sys.prefix}/bin/ort-train", "bench", f"{Path.cwd()}/recipes/a.yaml", "--tiny"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert records.command() == "ort-train bench ./recipes/a.yaml --tiny"
-
-
-@pytest.mark.parametrize(
-    ("text", "scrubbed"),
-    [
-        (f"{Path.home()}/models/x", "~/models/x"),
-        (f'File "{sys.prefix}/lib/torch/x.py", line 3', 'File "<env>/lib/torch/x.py", line 3'),
-        ("--json=/data/somebody/out.json /mnt/x/y", "--json=out.json y"),
-        (
-            "2.5 it/s of https://huggingface.co/a/b, ./c/d",
-            "2.5 it/s of https://huggingface.co/a/b, ./c/d",
-        ),
-    ],
-)
-def test_scrub_shortens_only_directories(text, scrubbed):
-    assert records.scrub(text) == scrubbed

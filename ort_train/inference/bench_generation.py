@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ort_train import provenance
 from ort_train import record as records
 from ort_train.bench_options import add_outputs, numbers, output_problems, show_and_save, words
 from ort_train.bench_turns import take_turns
@@ -89,7 +90,7 @@ def run_benchmark(
             ENGINES[name].weights for name in engines if ENGINES[name].rounds_weights
         )
     }
-    started_at, machine = records.now(), records.machine()
+    started_at, machine = provenance.now(), provenance.machine()
     runs: list[Run] = []
     shapes = list(product(batch_sizes, prompt_lens))
     named = list(dict.fromkeys([REFERENCE, *engines]))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.errors import ExportError
 from ort_train.inference import parity
 from ort_train.inference.architectures import fused_obstacle, windows
@@ -154,7 +154,7 @@ def _write(
         precision=precision,
         architecture=config.model_type,
         source=os.path.basename(os.path.abspath(source)),
-        versions=record.versions(),
+        versions=provenance.versions(),
         inputs=[value.name for value in graph.input],
         outputs=[value.name for value in graph.output],
         **details,

@@ -16,7 +16,7 @@ from pathlib import Path
 from ort_train.errors import ExportError
 from ort_train.files import replacing
 from ort_train.inference.engines import ENGINES
-from ort_train.record import PACKAGE_ROOT
+from ort_train.provenance import PACKAGE_ROOT
 from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
 _SOURCE_FILE = "source.json"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ort_train import record as records
+from ort_train import provenance
 from ort_train.bench_process import Worker
 from ort_train.bench_turns import spread, take_turns
 from ort_train.errors import ConfigError, OrtTrainError
@@ -75,11 +75,11 @@ def run_benchmark(
         ConfigError: with everything that is wrong with sizes, passes and counts.
     """
     _check(sizes, names, repeats, warmup, batch_size, seq_len, threads)
-    started_at, machine = records.now(), records.machine(threads)
+    started_at, machine = provenance.now(), provenance.machine(threads)
     rounds = min(_ROUNDS, repeats)
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        **records.envelope(started_at, machine),
+        **provenance.envelope(started_at, machine),
         "protocol": {
             "warmup": warmup,
             "batch_size": batch_size,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ort_train import provenance
 from ort_train import record as records
 from ort_train.bench_options import add_outputs, numbers, output_problems, show_and_save, words
 from ort_train.bench_process import Worker
@@ -126,7 +127,7 @@ def run_benchmark(
     _check(engines, batch_sizes, steps, height, width, rounds, threads)
     threads = threads or default_num_threads()  # one number for all, or the ratios say nothing
     info, exported = _exported(source, exported, tell)
-    started_at, machine = records.now(), records.machine()
+    started_at, machine = provenance.now(), provenance.machine()
     named = list(dict.fromkeys([REFERENCE, *engines]))
     shapes = list(product(batch_sizes, steps))
     runs: list[Run] = []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ort_train import record
+from ort_train import provenance
 from ort_train.errors import ExportError
 from ort_train.inference import folder as folders
 from ort_train.inference.diffusion import parts
@@ -87,8 +87,8 @@ def export_pipeline(
         info = PipelineInfo(
             pipeline=index.pipeline,
             parts=exported,
-            source=record.scrub(str(source)),
-            versions=record.versions(),
+            source=provenance.scrub(str(source)),
+            versions=provenance.versions(),
         )
         content = info.model_dump(mode="json", by_alias=True)
         (staged / folders.INFO_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
