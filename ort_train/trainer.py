@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from ort_train.backends import decision_of, graph_from_cache, runner_factory, sa
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
 from ort_train.metrics import SparsityMeter, SpeedCallback
+from ort_train.optimum_order import without_optimums_order
 from ort_train.training_args import (
     ORTOptimizerNames,
     ORTSeq2SeqTrainingArguments,
@@ -86,8 +86,7 @@ class ORTTrainer(Trainer):
             if kwargs.get("processing_class") is not None:
                 raise ConfigError("tokenizer is the older name of processing_class: give only one")
             kwargs["processing_class"] = tokenizer
-        # Optimum's positional order has the tokenizer where Trainer has processing_class.
-        positional, kwargs = _without_optimums_order(positional, kwargs)
+        positional, kwargs = without_optimums_order(positional, kwargs)
         super().__init__(model, args, *positional, **kwargs)
         if args.use_module_with_loss and type(self).compute_loss is not ORTTrainer.compute_loss:
             raise ConfigError(
@@ -383,33 +382,6 @@ class ORTTrainer(Trainer):
 
 class ORTSeq2SeqTrainer(ORTTrainer, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer (generation in evaluation) with the backend of ORTTrainer."""
-
-
-def _without_optimums_order(
-    positional: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Name what stands behind `model_init`, where it stands in Optimum's order.
-
-    Optimum (v1.16 to 1.27) has compute_metrics, callbacks, optimizers there, Trainer has
-    compute_loss_func, compute_metrics, callbacks, optimizers.
-    """
-    first, rest = positional[:5], positional[5:]
-    names = ("compute_metrics", "callbacks", "optimizers", "preprocess_logits_for_metrics")
-    if len(rest) > 1:
-        is_optimums = isinstance(rest[1], list) or (len(rest) > 2 and isinstance(rest[2], tuple))
-    else:
-        is_optimums = bool(rest) and rest[0] is not None and _num_required(rest[0]) == 1
-    if not is_optimums:
-        return positional, kwargs
-    return first, {**dict(zip(names, rest, strict=False)), **kwargs}
-
-
-def _num_required(function: Callable[..., Any]) -> int:
-    parameters = inspect.signature(function).parameters.values()
-    return sum(
-        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        for p in parameters
-    )
 
 
 def _widened(leaf: Any) -> Any:
