@@ -63,8 +63,8 @@ def _blocks(
     data: DataConfig, model: ModelConfig, num_train: int | None, with_evaluation: bool, seed: int
 ) -> Samples:
     from .data import load_corpus, make_blocks
-    from .models import load_tokenizer
     from .tasks import make_collate
+    from .tokenizer import load_tokenizer
 
     corpus = load_corpus(
         data.source, data.dataset, data.subset, data.text_column, data.folder, data.hub_timeout_s
@@ -87,8 +87,8 @@ def _instructions(
     seed: int,
 ) -> Samples:
     from .instructions import load_records, pad_batch, tokenize
-    from .models import load_tokenizer
     from .packing import pack, packed_batch
+    from .tokenizer import load_tokenizer
 
     columns = (data.prompt_column or "prompt", data.response_column or "response")
     records = load_records(

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from ort_train import data
 from ort_train.data import hub_problem, load_corpus, make_blocks
 from ort_train.errors import DataError
-from ort_train.models import make_tokenizer
+from ort_train.tokenizer import make_tokenizer
 
 TEXT = "".join(f" = Title {i} = \n \n Some <unk> words , number {i} .\n" for i in range(200))
 

@@ -240,7 +240,8 @@ def test_a_teacher_that_was_not_trained_yet(
 
 def test_tiny_makes_another_teacher_than_the_student() -> None:
     from ort_train.distillation import load_distiller
-    from ort_train.models import load_model, make_tokenizer
+    from ort_train.models import load_model
+    from ort_train.tokenizer import make_tokenizer
 
     tiny = load_recipe("quickstart_distill", ["distill.teacher.name_or_path=a/b"], tiny=True)
     assert tiny.distill.teacher is not None

@@ -139,7 +139,7 @@ def test_a_local_base_is_quantized_in_loading_and_left_as_it_is(
     tiny_llama: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
-    from ort_train.models import make_tokenizer
+    from ort_train.tokenizer import make_tokenizer
 
     base = tmp_path / "base"
     tiny_llama(vocab_size=512).save_pretrained(base)

@@ -1,4 +1,4 @@
-"""ort_train.models: tokenizers and models, loaded and made, and what doesn't fit."""
+"""ort_train.models and ort_train.tokenizer: loaded and made, and what doesn't fit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from ort_train import models
+from ort_train import tokenizer as tokenizer_module
 from ort_train.config import ModelConfig, parse
 from ort_train.errors import ModelError
-from ort_train.models import load_model, load_tokenizer, make_tokenizer, tiny_config
+from ort_train.models import load_model, tiny_config
 from ort_train.recipes import tiny
+from ort_train.tokenizer import load_tokenizer, make_tokenizer
 
 TEXT = "".join(f" = Title {i} = \n \n Some <unk> words , number {i} .\n" for i in range(200))
 SIZES = {
@@ -57,7 +58,9 @@ def test_made_tokenizer_is_lossless_and_adds_nothing(tokenizer):
 def test_made_tokenizer_is_cached_by_content(tmp_path, monkeypatch):
     first = make_tokenizer(TEXT, 280, tmp_path)
     (entry,) = tmp_path.glob("tokenizers/*.json")
-    monkeypatch.setattr(models, "_train_tokenizer", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        tokenizer_module, "_train_tokenizer", lambda *args: pytest.fail("trained again")
+    )
     assert make_tokenizer(TEXT, 280, tmp_path).get_vocab() == first.get_vocab()
     monkeypatch.undo()
     make_tokenizer(TEXT, 290, tmp_path)
@@ -94,7 +97,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(models.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     assert len(make_tokenizer(TEXT, 280, tmp_path)) == 280
     assert [path.suffix for path in tmp_path.glob("tokenizers/*")] in ([], [".lock"])
 

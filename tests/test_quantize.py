@@ -98,7 +98,7 @@ def test_onnx_runtime_multiplies_by_what_is_stored(symmetric: bool, level: int) 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
     """An exported Llama whose logits depend on their tokens."""
-    from ort_train.models import make_tokenizer
+    from ort_train.tokenizer import make_tokenizer
 
     base = tmp_path_factory.mktemp("quantize")
     model = tiny_llama(vocab_size=300, initializer_range=0.1)

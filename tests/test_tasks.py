@@ -16,9 +16,10 @@ from ort_train import job, prune, tasks, wrap
 from ort_train.bench_worker import build
 from ort_train.config import ModelConfig, RunConfig, parse
 from ort_train.errors import ConfigError, DataError, ModelError
-from ort_train.models import load_model, load_tokenizer, make_tokenizer
+from ort_train.models import load_model
 from ort_train.plan import show
 from ort_train.recipes import load_recipe
+from ort_train.tokenizer import load_tokenizer, make_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog, which is none the wiser for it. " * 50
 IGNORED = -100
