@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ort_train import OrtOptions, decision, trial, wrap
 from ort_train.errors import BackendUnavailableError
 from ort_train.forward import taken_over
-from ort_train.ortmodule import malloc, onednn, products
+from ort_train.ortmodule import onednn, products
 
 needs_onednn = pytest.mark.skipif(
     onednn.unavailable_reason() is not None, reason=str(onednn.unavailable_reason())
@@ -141,10 +141,6 @@ def test_rounded_products_are_found_out(monkeypatch: pytest.MonkeyPatch):
         assert not any(name.startswith("ort_train::") for name in operators(module))
     finally:
         onednn.unavailable_reason.cache_clear()
-
-
-def test_freed_memory_is_kept_where_the_allocator_can():
-    assert isinstance(malloc.keep_freed(), bool)
 
 
 # --- the loss

@@ -14,6 +14,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra qlora
 from ort_train import wrap  # noqa: E402
 from ort_train.errors import UnsupportedModelError  # noqa: E402
 from ort_train.ortmodule import OrtOptions, onednn, products, quantized  # noqa: E402
+from ort_train.ortmodule.aten import operator_name  # noqa: E402
 
 OPTIONS = OrtOptions(num_threads=1)
 # Relative; the sums of a product run in another order than eager's, which gives 2e-7 here.
@@ -113,6 +114,43 @@ def test_onednn_multiplies_by_decoded_weights(monkeypatch: pytest.MonkeyPatch) -
     }
     readers = [name.rpartition("/")[2] for names in decoded.values() for name in names]
     assert sorted(readers) == ["product_nn", "product_nt"]  # backward, forward
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bf16_decodes_to_bf16_at_once(quant_type: str, double_quant: bool) -> None:
+    eager = Model(quant_type, double_quant)
+    autocast = copy.deepcopy(eager)
+    model = wrap(copy.deepcopy(eager), "ort", precision="bf16", options=OPTIONS)
+    x = torch.randn(2, 5, 128)
+    output, gradients = step(model, x)
+    expected, expected_gradients = step(eager, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, rounded_gradients = step(autocast, x)
+    # No further from fp32 than autocast, which rounds the same factors, by more than chance.
+    assert relative(output, expected) <= 1.2 * relative(rounded, expected)
+    found, reference, exact = (
+        torch.cat([gradient.flatten() for gradient in each.values()])
+        for each in (gradients, rounded_gradients, expected_gradients)
+    )
+    assert relative(found, exact) <= 1.2 * relative(reference, exact)
+    (engine,) = model.forward.runner._original.engines.values()
+    graph = engine._training_manager._onnx_models.optimized_model.graph
+    weights = {n.output[0] for n in graph.node if operator_name(n) == quantized.DECODE}
+    readers = [operator_name(n) for n in graph.node if weights & set(n.input)]
+    assert sorted(readers) == ["ort_train::product_nn", "ort_train::product_nt"]
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_weight_decoded_to_bf16_is_the_decoded_weight_rounded(quant_type: str) -> None:
+    layer = Model(quant_type, in_features=192).base
+    state = layer.weight.quant_state
+    settings = (state.blocksize, ("fp4", "nf4").index(quant_type), *state.shape)
+    exact, rounded = (
+        quantized._decoded(torch.empty(0, dtype=dtype), layer.weight, state.absmax, *settings)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert torch.equal(rounded, exact.bfloat16())
 
 
 def test_columns_below_one_block() -> None:

@@ -24,6 +24,8 @@ from torch.utils import dlpack
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+#: Of the nodes that torch runs.
+ATEN_DOMAIN = "org.pytorch.aten"
 _CAPSULE_NAME = b"dltensor"
 _USED_CAPSULE_NAME = b"used_dltensor"
 
@@ -191,6 +193,13 @@ def _arguments(op: _Operator, pointers: list[int | None]) -> tuple[list[Any], di
     if errors:
         raise errors[0]
     return positional, keywords
+
+
+def operator_name(node: Any) -> str:
+    """`MatMul`, or the torch operator that an ATen node runs."""
+    if node.domain == ATEN_DOMAIN:
+        return next(str(a.s.decode()) for a in node.attribute if a.name == "operator")
+    return str(node.op_type)
 
 
 #: Functions of ours that an ATen node runs without torch's dispatcher, which costs more than a

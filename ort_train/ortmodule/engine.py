@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from ort_train import distributed
 from ort_train.ortmodule import (
     cached_graph,
     cuda,
+    embeddings,
     export_cache,
     gradients,
     losses,
-    malloc,
+    memory,
     output_gradients,
     products,
     quantized,
@@ -208,7 +210,10 @@ class Engine:
         module = self._graph_module.module
         key = self._cache_key(tuple(named.values()))
         if self._options.keep_freed_memory:
-            malloc.keep_freed()
+            memory.keep_freed()
+            weakref.finalize(self, memory.release)
+        if self._options.profile_prefix is not None:
+            memory.keep_all()
         with training_flags_kept(module), without_checkpointing(module) as recompute_asked:
             options = self._options
             if recompute_asked and options.recompute == "none" and not options.recompute_config:
@@ -221,6 +226,7 @@ class Engine:
                     self._ort_module = self._construct(options)
                 symbolics.register(options.onnx_opset_version)
                 gradients.register()
+                embeddings.register()
                 losses.register()
                 self._seed()
                 try:

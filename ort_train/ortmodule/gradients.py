@@ -13,8 +13,7 @@ import importlib
 from typing import NamedTuple
 
 from ort_train.ortmodule import graph, operators  # noqa: F401  # the gradients' operators
-
-_DOMAIN = "org.pytorch.aten"
+from ort_train.ortmodule.aten import ATEN_DOMAIN
 
 
 class _Gradient(NamedTuple):
@@ -65,14 +64,14 @@ def register() -> None:
     native = importlib.import_module("onnxruntime.capi._pybind_state")
     for operator, gradient in _GRADIENTS.items():
         node = (
-            ("ATen", _DOMAIN),
+            ("ATen", ATEN_DOMAIN),
             ["GO(0)", *(f"I({i})" for i in gradient.arguments)],
             [f"GI({i})" for i in range(len(gradient.backward))],
             {"operator": {"value": graph.SEPARATOR.join(gradient.backward), "dtype": "string"}},
         )
-        key = f"{_DOMAIN}::ATen::{operator}::"
+        key = f"{ATEN_DOMAIN}::ATen::{operator}::"
         native.register_gradient_definition(key, registry._to_gradient_definition([node]))
     for operator, inputs in _STOPPED.items():
-        key = f"{_DOMAIN}::ATen::{operator}::"
+        key = f"{ATEN_DOMAIN}::ATen::{operator}::"
         native.register_custom_stop_gradient_edges(key, inputs)
     graph.register()

@@ -6,7 +6,8 @@ import functools
 import importlib
 from typing import Any
 
-_ATEN_DOMAIN = "org.pytorch.aten"
+from ort_train.ortmodule.aten import ATEN_DOMAIN
+
 #: Between the operators of one gradient node, each of which computes one of its outputs.
 SEPARATOR = "|"
 
@@ -27,7 +28,7 @@ def split_gradients(graph: Any) -> None:
 
     nodes = []
     for node in graph.node:
-        operator = _attribute(node, "operator") if node.domain == _ATEN_DOMAIN else None
+        operator = _attribute(node, "operator") if node.domain == ATEN_DOMAIN else None
         names = operator.s.decode().split(SEPARATOR) if operator is not None else []
         if len(names) < 2:
             nodes.append(node)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.aten import operator_name
 from ort_train.ortmodule.rewriting import BOOL, INT64, Rewriter, Selection, packed_name
 from ort_train.ortmodule.rows import (
     ELEMENTWISE,
@@ -17,7 +18,6 @@ from ort_train.ortmodule.rows import (
     Role,
     RowSpace,
     attribute,
-    operator_name,
     plan,
     product,
 )

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule.aten import direct
+from ort_train.ortmodule import memory
+from ort_train.ortmodule.aten import ATEN_DOMAIN, direct
 
-_DOMAIN = "org.pytorch.aten"
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"
 _REDUCTIONS = {b"mean": 1, b"sum": 2}  # at::Reduction
@@ -25,7 +25,8 @@ def _define(name: str, reduction: int) -> None:
         logits: torch.Tensor, labels: torch.Tensor, ignore_index: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, C) and (N,) to the loss and (N, C) logarithms of probabilities."""
-        log_probs = torch.log_softmax(logits, -1)
+        log_probs = memory.empty(*logits.shape, dtype=logits.dtype)
+        torch.log_softmax(logits, -1, out=log_probs)
         ignored = -100 if ignore_index is None else int(ignore_index)
         loss, _ = torch.ops.aten.nll_loss_forward(log_probs, labels, None, reduction, ignored)
         return loss, log_probs
@@ -43,7 +44,8 @@ def _define(name: str, reduction: int) -> None:
         """
         is_kept = labels != (-100 if ignore_index is None else int(ignore_index))
         scale = grad.reshape(()) / (is_kept.sum() if name == "mean" else 1)
-        result = log_probs.exp()
+        result = memory.empty(*log_probs.shape, dtype=log_probs.dtype)
+        torch.exp(log_probs, out=result)
         label = torch.where(is_kept, labels, 0)[:, None]
         result.scatter_add_(1, label, result.new_full((1, 1), -1.0).expand(label.shape))
         return result.mul_(torch.where(is_kept, scale, 0.0)[:, None])
@@ -90,7 +92,7 @@ def replace(graph: Any) -> None:
                 inputs if inputs[-1] else inputs[:-1],
                 list(node.output),
                 name=node.name,
-                domain=_DOMAIN,
+                domain=ATEN_DOMAIN,
                 operator=name,
                 overload_name="",
             )

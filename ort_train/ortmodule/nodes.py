@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ort_train.ortmodule.aten import ATEN_DOMAIN
 from ort_train.ortmodule.upstream import exporter_module
 
 
@@ -37,7 +38,7 @@ def aten(g: Any, operator: str, *inputs: Any, overload: str = "", outputs: int =
         outputs: how many tensors it returns.
     """
     return g.op(
-        "org.pytorch.aten::ATen",
+        f"{ATEN_DOMAIN}::ATen",
         *inputs,
         operator_s=operator,
         overload_name_s=overload,

@@ -55,19 +55,28 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """a · b + bias, fp32.
 
     Args:
         a: (M, K), any strides.
         b: (K, N), any strides.
         bias: (N,) or (M, N)
+        out: (M, N), written to where given.
 
     Returns:
         (M, N)
     """
     with _preferred():
-        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+        if bias is None:
+            return torch.mm(a, b, out=out)
+        return torch.addmm(bias, a, b, out=out)
 
 
 def has_bf16() -> bool:

@@ -52,7 +52,8 @@ class OrtOptions:
     #: Whose kernels multiply fp32 matrices on a CPU: oneDNN's (torch's), ONNX Runtime's, or "auto":
     #: oneDNN's where they serve (AVX-512 without AMX).
     products: Literal["auto", "onednn", "onnxruntime"] = "auto"
-    #: Tell glibc to keep freed memory in the process, which has no effect on other allocators.
+    #: Keep memory from step to step (memory.py): of large gradients, up to 1 GiB, and what is freed
+    #: where the allocator is glibc's.
     keep_freed_memory: bool = True
     #: Graph-level reduction of FLOPs (shrinking operators are moved up).
     compute_optimizer: bool = True

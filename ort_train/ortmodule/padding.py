@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.aten import operator_name
 from ort_train.ortmodule.ignored_labels import LOSS, WAY_OUT, Loss, select_labels
 from ort_train.ortmodule.rewriting import BOOL, INT64, Rewriter, Selection, packed_name
 from ort_train.ortmodule.rows import (
@@ -19,7 +20,6 @@ from ort_train.ortmodule.rows import (
     RowSpace,
     Shape,
     attribute,
-    operator_name,
     plan,
     symbols,
 )

@@ -5,7 +5,8 @@ gradient graph stands, products, forward and backward, become nodes that torch r
 fp32 those with a large matrix, in bf16 all of them, as autocast would choose.
 
 In bf16 a factor is rounded by a node of its own, so that what several products share (a weight and
-an activation in forward and backward, a gradient of both) is rounded once a step. Products are
+an activation in forward and backward, a gradient of both) is rounded once a step. A 4-bit weight
+(quantized.py) is decoded to bf16 at once. Products are
 summed in fp32 by oneDNN and handed on in fp32, rounded to bf16 on the way as autocast's are.
 """
 
@@ -24,17 +25,20 @@ from typing import Any, NamedTuple
 import torch
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import onednn
-from ort_train.ortmodule.aten import direct
+from ort_train.ortmodule import memory, onednn
+from ort_train.ortmodule.aten import ATEN_DOMAIN, direct, operator_name
+from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
 
-_DOMAIN = "org.pytorch.aten"
 _ROUND = "ort_train::to_bf16"
 #: Below this many entries, ONNX Runtime multiplies by an fp32 matrix as fast (512 x 512).
 _MIN_ENTRIES = 512 * 512
 #: In bf16, a matrix with a side below this makes a product that costs less than its rounding.
 _MIN_SIDE = 32
+#: A product in bf16 is computed and widened in parts of so many entries, but so many rows at least,
+#: which stay in the cache in between.
+_ROUNDED_ENTRIES, _ROUNDED_ROWS = 2**20, 512
 #: Taken for a side whose size isn't known.
 _UNKNOWN = 512
 #: The gradient of MatMul names the factors so that it has flattened to matrices
@@ -47,7 +51,7 @@ _FLATTENED = "_reshape_2d"
 
 @direct(_ROUND)
 def _to_bf16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16)
+    return memory.empty(*tensor.shape, dtype=torch.bfloat16).copy_(tensor)
 
 
 def _flattened(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,10 +68,16 @@ def _product(
     """
     left, right = _flattened(a), _flattened(b)
     left, right = left.t() if a_t else left, right.t() if b_t else right
+    rows, columns = left.shape[0], right.shape[1]
+    result = memory.empty(rows, columns, dtype=torch.float32)
     if a.dtype == torch.float32:
-        result = onednn.product(left, right, bias)
+        onednn.product(left, right, bias, out=result)
     else:
-        result = torch.mm(left, right).float()
+        step = max(_ROUNDED_ENTRIES // max(columns, 1), _ROUNDED_ROWS)
+        rounded = memory.empty(min(step, rows), columns, dtype=torch.bfloat16)
+        for first in range(0, rows, step):
+            part = slice(first, min(first + step, rows))
+            result[part] = torch.mm(left[part], right, out=rounded[: part.stop - first])
         if bias is not None:
             result += bias
     return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
@@ -75,7 +85,12 @@ def _product(
 
 def _batched_product(a: torch.Tensor, b: torch.Tensor, *, a_t: bool, b_t: bool) -> torch.Tensor:
     """Products of the last two axes, broadcast over the others."""
-    return torch.matmul(a.mT if a_t else a, b.mT if b_t else b).float()
+    left, right = a.mT if a_t else a, b.mT if b_t else b
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    shape = (*batch, left.shape[-2], right.shape[-1])
+    rounded = memory.empty(*shape, dtype=torch.bfloat16)
+    torch.matmul(left, right, out=rounded)
+    return memory.empty(*shape, dtype=torch.float32).copy_(rounded)
 
 
 def _operator(kind: str, a_t: bool, b_t: bool) -> str:
@@ -121,9 +136,11 @@ class _Graph:
             tensor.name: list(tensor.dims) for tensor in proto.initializer
         }
         self.types: dict[str, int] = {}
+        self.infos: dict[str, Any] = {}
         for info in itertools.chain(proto.value_info, proto.input, proto.output):
             kind = info.type.tensor_type
             self.types[info.name] = kind.elem_type
+            self.infos[info.name] = info
             if kind.HasField("shape"):
                 self.sizes[info.name] = [
                     d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
@@ -142,6 +159,14 @@ class _Graph:
         if node is None or node.op_type != "Reshape" or not name.endswith(_FLATTENED):
             return name
         return str(node.input[0])
+
+    def decoding(self, name: str) -> Any:
+        """The node that decodes this weight for a single product, in the type of its other factor,
+        or None."""
+        node = self.producers.get(name)
+        if node is None or operator_name(node) != DECODE or len(self.consumers[name]) > 1:
+            return None
+        return node
 
     def is_wanted(self, sizes: list[int | None] | None, is_bf16: bool) -> bool:
         """Whether torch is asked for products with a matrix of these sizes."""
@@ -220,7 +245,7 @@ def replace(proto: Any, is_bf16: bool) -> int:
             inputs,
             [output],
             name=f"{output}/{operator.rpartition(':')[2]}",
-            domain=_DOMAIN,
+            domain=ATEN_DOMAIN,
             operator=operator,
             overload_name="",
         )
@@ -235,6 +260,10 @@ def replace(proto: Any, is_bf16: bool) -> int:
             nodes.append(node)
             continue
         factors = [product.a, product.b]
+        decoding = graph.decoding(product.b) if is_bf16 else None
+        if decoding is not None:
+            nodes.remove(decoding)
+            factors = [product.a]
         if is_bf16:
             for name in dict.fromkeys(factors):
                 if name not in rounded:
@@ -244,6 +273,11 @@ def replace(proto: Any, is_bf16: bool) -> int:
                         helper.make_tensor_value_info(f"{name}/bf16", TensorProto.BFLOAT16, None)
                     )
             factors = [f"{name}/bf16" for name in factors]
+        if decoding is not None:
+            decoding.input[0] = factors[0]
+            nodes.append(decoding)
+            graph.infos[product.b].type.tensor_type.elem_type = TensorProto.BFLOAT16
+            factors.append(product.b)
         replaced.add(product.output)
         if product.output not in graph.types:  # which can't be inferred of what torch runs
             proto.value_info.append(

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.aten import ATEN_DOMAIN, direct, operator_name
 from ort_train.ortmodule.nodes import aten, constant, sizes_of, typed
 
-_DOMAIN = "org.pytorch.aten"
 _FORWARD = "ort_train::linear_4bit"
 #: Marks in the gradient graph where the gradient of a layer's input is wanted.
 _MARKER = "ort_train::linear_4bit_input_grad"
-_DECODE = "ort_train::dequantize_4bit"
+#: An ATen node that decodes a weight, in the type of its first input.
+DECODE = "ort_train::dequantize_4bit"
 #: Where num_rows and num_columns stand among a node's inputs.
 _SIZES = slice(5, 7)
 # As numbers, for an ATen node takes no text.
@@ -46,8 +47,7 @@ def layers(module: torch.nn.Module) -> list[Any]:
 # --- Operators
 
 
-@torch.library.custom_op("ort_train::dequantize_4bit", mutates_args=())
-def dequantize_4bit(
+def _decoded(
     like: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -60,7 +60,7 @@ def dequantize_4bit(
     offset: torch.Tensor | None = None,
     scale_block_size: int = 0,
 ) -> torch.Tensor:
-    """Decodes a packed weight.
+    """A packed weight, decoded.
 
     Args:
         like: what the weight will be multiplied with: gives the type, and the node its place in
@@ -83,13 +83,44 @@ def dequantize_4bit(
     if scale is not None:
         absmax = kernels.dequantize_blockwise(absmax, scale, code, scale_block_size, torch.float32)
         absmax = absmax + offset
-    return kernels.dequantize_4bit(
+    weight: torch.Tensor = kernels.dequantize_4bit(
         packed.reshape(-1, 1),
         absmax,
         block_size,
         _QUANT_TYPES[quant_type],
         [num_rows, num_columns],
         like.dtype,
+    )
+    return weight
+
+
+@direct(DECODE)
+def _decode(
+    like: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    block_size: torch.Tensor,
+    quant_type: torch.Tensor,
+    num_rows: torch.Tensor,
+    num_columns: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    code: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    scale_block_size: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`_decoded` by an ATen node, whose numbers are tensors."""
+    return _decoded(
+        like,
+        packed,
+        absmax,
+        int(block_size),
+        int(quant_type),
+        int(num_rows),
+        int(num_columns),
+        scale,
+        code,
+        offset,
+        0 if scale_block_size is None else int(scale_block_size),
     )
 
 
@@ -107,8 +138,8 @@ def linear_4bit(
     offset: torch.Tensor | None = None,
     scale_block_size: int = 0,
 ) -> torch.Tensor:
-    """(..., num_columns) -> (..., num_rows), by the weight that :func:`dequantize_4bit` decodes."""
-    weight = dequantize_4bit(
+    """(..., num_columns) -> (..., num_rows), by the weight that :func:`_decoded` decodes."""
+    weight = _decoded(
         input,
         packed,
         absmax,
@@ -135,13 +166,6 @@ def _symbolic(g: Any, input: Any, *settings: Any) -> Any:
 # --- The gradient graph
 
 
-def _operator(node: Any) -> str:
-    """The torch operator that an ONNX node runs, "" for none."""
-    if node.domain != _DOMAIN:
-        return ""
-    return next(a.s.decode() for a in node.attribute if a.name == "operator")
-
-
 def _decode_beside_products(graph: Any) -> None:
     """Each layer, and each gradient of one, as decoding and product.
 
@@ -158,12 +182,12 @@ def _decode_beside_products(graph: Any) -> None:
             "the graph holds a MatMulBnb4, whose gradient is wrong on CPUs: call "
             "bitsandbytes.matmul_4bit, or a Linear4bit, in place of MatMul4Bit.apply"
         )
-    forward = {node.input[1]: node for node in graph.node if _operator(node) == _FORWARD}
+    forward = {node.input[1]: node for node in graph.node if operator_name(node) == _FORWARD}
     types = {info.name: info.type.tensor_type.elem_type for info in graph.value_info}
     constants = _integers(graph)
     nodes = []
     for node in graph.node:
-        operator = _operator(node)
+        operator = operator_name(node)
         if operator not in (_FORWARD, _MARKER):
             nodes.append(node)
             continue
@@ -181,8 +205,8 @@ def _decode_beside_products(graph: Any) -> None:
                 [factor, *layer.input[1:]],
                 [weight],
                 name=f"{result}/decode",
-                domain=_DOMAIN,
-                operator=_DECODE,
+                domain=ATEN_DOMAIN,
+                operator=DECODE,
                 overload_name="",
             )
         )
@@ -225,12 +249,12 @@ def _register_gradient() -> None:
     optimizers = importlib.import_module(f"{package}.graph_optimizer_registry")
     native = importlib.import_module("onnxruntime.capi._pybind_state")
     marker = (
-        ("ATen", _DOMAIN),
+        ("ATen", ATEN_DOMAIN),
         ["GO(0)", "I(1)"],
         ["GI(0)"],
         {"operator": {"value": _MARKER, "dtype": "string"}},
     )
-    key = f"{_DOMAIN}::ATen::{_FORWARD}::"
+    key = f"{ATEN_DOMAIN}::ATen::{_FORWARD}::"
     native.register_gradient_definition(key, registry._to_gradient_definition([marker]))
     native.register_custom_stop_gradient_edges(key, {1, 2, 7, 8, 9})  # all tensors but the input
     optimizers.register_graph_optimizer()(_decode_beside_products)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ort_train.ortmodule.aten import ATEN_DOMAIN
 from ort_train.ortmodule.rows import (
-    ATEN_DOMAIN,
     Dim,
     GraphIndex,
     Plan,

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ort_train.ortmodule.aten import operator_name
+
 Dim = int | str
 Shape = list[Dim]
 
-ATEN_DOMAIN = "org.pytorch.aten"
 _UNARY = """
 Abs Cast Ceil Celu Clip Cos Dropout Elu Erf Exp Floor Gelu FastGelu QuickGelu HardSigmoid HardSwish
 Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus
@@ -120,13 +121,6 @@ def _constant_value(node: Any) -> Any:
     return onnx.numpy_helper.to_array(value) if hasattr(value, "dims") else np.asarray(value)
 
 
-def operator_name(node: Any) -> str:
-    """`MatMul`, or the torch operator that an ATen node runs."""
-    if node.domain == ATEN_DOMAIN:
-        return str(attribute(node, "operator", b"ATen").decode())
-    return str(node.op_type)
-
-
 @functools.cache
 def product(*dims: Dim) -> str:
     """The product of sizes, which may be symbolic, such as "a", "a*b" or "a - 1", in one form."""
@@ -211,7 +205,7 @@ def plan(node: Any, index: GraphIndex, space: RowSpace) -> Plan | None:
         return None
     num_axes = rows.pop()
     out = index.shapes[node.output[0]]
-    kind = node.op_type if node.domain != ATEN_DOMAIN else operator_name(node)
+    kind = operator_name(node)
     if kind == "Dropout":
         roles = _first_only(shapes, space, num_axes)
     elif kind in ELEMENTWISE:
