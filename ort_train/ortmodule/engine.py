@@ -16,6 +16,7 @@ import torch
 
 from ort_train import distributed
 from ort_train.ortmodule import (
+    activations,
     cached_graph,
     cuda,
     embeddings,
@@ -228,6 +229,7 @@ class Engine:
                 gradients.register()
                 embeddings.register()
                 losses.register()
+                activations.register()
                 self._seed()
                 try:
                     with (

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ort_train.ortmodule.activations import gelu
 from ort_train.ortmodule.attention import scaled_dot_product_attention
 from ort_train.ortmodule.nodes import (
     aten,
@@ -371,9 +372,10 @@ def _index_put(g: Any, self: Any, indices: Any, values: Any, accumulate: Any = F
     return _index_add(g, self, scalar(g, 0, torch.int64), index, values)
 
 
-# --- Attention and experts
+# --- Activation, attention and experts
 
 
+_symbolic("gelu")(gelu)
 _symbolic("scaled_dot_product_attention")(scaled_dot_product_attention)
 
 
