@@ -27,6 +27,8 @@ from ort_train.ortmodule import profiling
         ("ort_train::cross_entropy_mean_grad", "loss"),
         ("SoftmaxGrad_13", "softmax"),
         ("QuickGeluGrad", "activations"),
+        ("ort_train::gelu_tanh_grad", "activations"),
+        ("ort_train::relu_grad", "activations"),
         ("embedding_backward", "embedding"),
         ("ort_train::to_bf16", "rounding"),
         ("ort_train::dequantize_4bit", "decoding"),

@@ -20,7 +20,7 @@ _KINDS = {
     "norms": r".*(LayerNorm|LayerNormalization|BatchNorm|layer_norm|rms_norm)",
     "loss": r".*(CrossEntropy|cross_entropy|NegativeLogLikelihood)",
     "softmax": r".*Softmax",
-    "activations": r"(.*[Gg]elu|Sigmoid|Tanh|Relu|Erf|.*Silu)",
+    "activations": r"(.*[GgRr]elu|Sigmoid|Tanh|Erf|.*Silu)",
     "embedding": r".*embedding",
     "rounding": r"ort_train::to_bf16$|Cast$",
     "decoding": r"ort_train::.*(decode|4bit)",
