@@ -108,12 +108,8 @@ def load_model(
     tasks.check_architecture(model.task, config)
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < tasks.max_length(model.task, block_size):
-        half = "half of " if model.task == "seq2seq" else ""
-        raise ModelError(
-            f"{half}data.block_size {block_size} exceeds max_position_embeddings {positions} of "
-            f"the model: set data.block_size={2 * positions if half else positions} or less"
-        )
+    positions = positions if isinstance(positions, int) and positions > 0 else None
+    _check_positions(positions, model.task, block_size)
     if len(tokenizer) > text_config.vocab_size:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only "
@@ -142,6 +138,8 @@ def load_model(
             made = auto_class.from_config(config, **options)
     except LOAD_ERRORS as error:
         raise ModelError(_refusal(model, error)) from error
+    if positions is not None and (unused := _unused_positions(made)):
+        _check_positions(positions - unused, model.task, block_size)
     generation = getattr(made, "generation_config", None)  # of models that generate
     for field in _SPECIAL_IDS:
         if generation is not None and getattr(generation, field) is None:
@@ -151,6 +149,30 @@ def load_model(
             quantize(made, quantization)
         prepare(made, quantization)
     return made.train()
+
+
+def _check_positions(positions: int | None, task: tasks.Task, block_size: int) -> None:
+    if positions is None or tasks.max_length(task, block_size) <= positions:
+        return
+    half = "half of " if task == "seq2seq" else ""
+    raise ModelError(
+        f"{half}data.block_size {block_size} exceeds the {positions} positions of the model "
+        f"(max_position_embeddings): set data.block_size={2 * positions if half else positions} "
+        "or less"
+    )
+
+
+def _unused_positions(module: PreTrainedModel) -> int:
+    """How many of its positions a model gives to no token.
+
+    RoBERTa and its kin count from the one after the padding token's id
+    (`create_position_ids_from_input_ids` of `modeling_roberta.py`).
+    """
+    for name, part in module.named_modules():
+        padding = getattr(part, "padding_idx", None)
+        if name.endswith(".position_embeddings") and padding is not None:
+            return int(padding) + 1
+    return 0
 
 
 def tiny_config(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,12 +188,27 @@ def test_made_model_options(tokenizer):
         (made(architecture="t5", config={}), "can't make a t5 as a causal language model"),
         (made(architecture="gptj", config={"n_embd": 64, "n_layer": 1}), "model.attention=eager"),
         (made(config={**SIZES, "max_position_embeddings": 63}), "64 exceeds .* 63 .*block_size=63"),
-        (made(architecture="gpt2", config={"n_positions": 32}), "64 exceeds max_position_emb.* 32"),
+        (made(architecture="gpt2", config={"n_positions": 32}), "64 exceeds the 32 positions"),
     ],
 )
 def test_made_models_that_dont_fit(tokenizer, config, expected):
     with pytest.raises(ModelError, match=f"(?s){expected}"):
         load_model(config, tokenizer, 0, block_size=64)
+
+
+def test_positions_that_no_token_has_dont_count(tokenizer):
+    """RoBERTa's first token has the position after the padding token's id."""
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+
+    def load(max_position_embeddings: int) -> torch.nn.Module:
+        config = sizes | {"max_position_embeddings": max_position_embeddings}
+        roberta = made(architecture="roberta", task="masked-lm", config=config)
+        return load_model(roberta, tokenizer, 0, block_size=64)
+
+    with pytest.raises(ModelError, match=r"64 exceeds the 63 positions .* data.block_size=63"):
+        load(64 + tokenizer.pad_token_id)
+    ids = torch.full((1, 64), 5)
+    assert load(65 + tokenizer.pad_token_id)(input_ids=ids).logits.shape == (1, 64, 300)
 
 
 # --- loaded models
@@ -211,7 +226,7 @@ def test_loaded_model_keeps_its_weights(saved, tiny_llama):
 @pytest.mark.parametrize(
     ("fields", "block_size", "expected"),
     [
-        ({}, 129, "data.block_size 129 exceeds max_position_embeddings 128"),
+        ({}, 129, "data.block_size 129 exceeds the 128 positions"),
         ({"config": {"hidden_sise": 3}}, 8, "fields unknown to llama: hidden_sise"),
         ({"config": {"hidden_size": "x"}}, 8, "model.config doesn't fit"),
         ({"config": {"intermediate_size": 96}}, 8, r"can't load .*set model.config=\{\}"),
