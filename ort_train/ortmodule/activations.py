@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule.aten import ATEN_DOMAIN, direct
+from ort_train.ortmodule.aten import aten_node, direct
 from ort_train.ortmodule.nodes import constant, sizes_of, typed
 from ort_train.ortmodule.upstream import exporter_module
 
@@ -80,17 +80,8 @@ def replace(graph: Any) -> None:
         if node.output[0] not in known:  # which can't be inferred of what torch runs
             info = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
             graph.value_info.append(info)
-        graph.node[index].CopyFrom(
-            helper.make_node(
-                "ATen",
-                list(node.input),
-                list(node.output),
-                name=node.name,
-                domain=ATEN_DOMAIN,
-                operator=_OPERATORS[node.op_type],
-                overload_name="",
-            )
-        )
+        operator = _OPERATORS[node.op_type]
+        graph.node[index].CopyFrom(aten_node(operator, node.input, node.output, node.name))
 
 
 @functools.cache

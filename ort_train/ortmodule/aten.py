@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -200,6 +200,28 @@ def operator_name(node: Any) -> str:
     if node.domain == ATEN_DOMAIN:
         return next(str(a.s.decode()) for a in node.attribute if a.name == "operator")
     return str(node.op_type)
+
+
+def aten_node(operator: str, inputs: Sequence[str], outputs: Sequence[str], name: str) -> Any:
+    """An onnx.NodeProto that torch runs.
+
+    Args:
+        operator: name in torch.ops, or one of :func:`direct`.
+        inputs: its arguments, in order.
+        outputs: what it returns.
+        name: of the node.
+    """
+    from onnx import helper
+
+    return helper.make_node(
+        "ATen",
+        inputs,
+        outputs,
+        name=name,
+        domain=ATEN_DOMAIN,
+        operator=operator,
+        overload_name="",
+    )
 
 
 #: Functions of ours that an ATen node runs without torch's dispatcher, which costs more than a

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ort_train.ortmodule import memory
-from ort_train.ortmodule.aten import ATEN_DOMAIN, direct
+from ort_train.ortmodule.aten import aten_node, direct
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"
@@ -65,8 +65,6 @@ def replace(graph: Any) -> None:
     Args:
         graph: onnx.GraphProto of forward and backward, changed in place.
     """
-    from onnx import helper
-
     ranks = {
         info.name: len(info.type.tensor_type.shape.dim)
         for info in graph.value_info
@@ -86,17 +84,8 @@ def replace(graph: Any) -> None:
         else:
             continue
         name = f"ort_train::cross_entropy_{_reduction_of(node).decode()}{suffix}"
-        graph.node[index].CopyFrom(
-            helper.make_node(
-                "ATen",
-                inputs if inputs[-1] else inputs[:-1],
-                list(node.output),
-                name=node.name,
-                domain=ATEN_DOMAIN,
-                operator=name,
-                overload_name="",
-            )
-        )
+        inputs = inputs if inputs[-1] else inputs[:-1]
+        graph.node[index].CopyFrom(aten_node(name, inputs, node.output, node.name))
 
 
 @functools.cache

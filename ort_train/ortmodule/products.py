@@ -6,8 +6,8 @@ fp32 those with a large matrix, in bf16 all of them, as autocast would choose.
 
 In bf16 a factor is rounded by a node of its own, so that what several products share (a weight and
 an activation in forward and backward, a gradient of both) is rounded once a step. A 4-bit weight
-(quantized.py) is decoded to bf16 at once. Products are
-summed in fp32 by oneDNN and handed on in fp32, rounded to bf16 on the way as autocast's are.
+(quantized.py) is decoded to bf16 at once. Products are summed in fp32 by oneDNN and handed on in
+fp32, rounded to bf16 on the way as autocast's are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule import memory, onednn
-from ort_train.ortmodule.aten import ATEN_DOMAIN, direct, operator_name
+from ort_train.ortmodule.aten import aten_node, direct, operator_name
 from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
@@ -240,15 +240,8 @@ def replace(proto: Any, is_bf16: bool) -> int:
     from onnx import TensorProto, helper
 
     def node_of(operator: str, inputs: list[str], output: str) -> Any:
-        return helper.make_node(
-            "ATen",
-            inputs,
-            [output],
-            name=f"{output}/{operator.rpartition(':')[2]}",
-            domain=ATEN_DOMAIN,
-            operator=operator,
-            overload_name="",
-        )
+        name = f"{output}/{operator.rpartition(':')[2]}"
+        return aten_node(operator, inputs, [output], name)
 
     graph = _Graph(proto)
     nodes: list[Any] = []

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule.aten import ATEN_DOMAIN, direct, operator_name
+from ort_train.ortmodule.aten import ATEN_DOMAIN, aten_node, direct, operator_name
 from ort_train.ortmodule.nodes import aten, constant, sizes_of, typed
 
 _FORWARD = "ort_train::linear_4bit"
@@ -199,17 +199,7 @@ def _decode_beside_products(graph: Any) -> None:
         dtype = types.get(layer.output[0], TensorProto.FLOAT)
         sizes = [constants.get(name) for name in layer.input[_SIZES]]
         graph.value_info.append(helper.make_tensor_value_info(weight, dtype, sizes))
-        nodes.append(
-            helper.make_node(
-                "ATen",
-                [factor, *layer.input[1:]],
-                [weight],
-                name=f"{result}/decode",
-                domain=ATEN_DOMAIN,
-                operator=DECODE,
-                overload_name="",
-            )
-        )
+        nodes.append(aten_node(DECODE, [factor, *layer.input[1:]], [weight], f"{result}/decode"))
         nodes.append(
             helper.make_node(
                 "FusedMatMul",
