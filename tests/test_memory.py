@@ -80,6 +80,13 @@ def test_no_more_is_kept_than_the_limit(monkeypatch: pytest.MonkeyPatch):
     assert memory.kept_bytes() == 4096 + 8192
 
 
+def test_a_result_beyond_the_limit_takes_nothings_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "_max_kept_bytes", 2 * 4096)
+    memory.empty(1024, dtype=torch.float32)
+    assert memory.empty(4096, dtype=torch.float32).fill_(1).sum() == 4096
+    assert memory.kept_bytes() == 4096
+
+
 def test_nothing_is_kept_where_it_is_turned_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "_max_kept_bytes", 0)
     assert memory.empty(64, 32, dtype=torch.float32).fill_(1).sum() == 64 * 32

@@ -103,7 +103,7 @@ def _block(num_bytes: int) -> mmap.mmap:
         if fits and _is_free(blocks, index):
             return blocks[index]
     # Of sizes that are no longer asked for.
-    while kept_bytes() + num_bytes > _max_kept_bytes:
+    while num_bytes <= _max_kept_bytes < kept_bytes() + num_bytes:
         free = next((i for i in range(len(blocks)) if _is_free(blocks, i)), None)
         if free is None:
             break
