@@ -80,6 +80,14 @@ def test_no_more_is_kept_than_the_limit(monkeypatch: pytest.MonkeyPatch):
     assert memory.kept_bytes() == 4096 + 8192
 
 
+def test_the_least_recently_used_block_makes_room(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "_max_kept_bytes", 4096 + 12288)
+    for count in (1024, 2048, 1024):  # the older block is used again
+        memory.empty(count, dtype=torch.float32)
+    memory.empty(3072, dtype=torch.float32)
+    assert memory.kept_bytes() == 4096 + 12288
+
+
 def test_a_result_beyond_the_limit_takes_nothings_place(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "_max_kept_bytes", 2 * 4096)
     memory.empty(1024, dtype=torch.float32)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import mmap
 import sys
@@ -35,9 +36,17 @@ MAX_KEPT_BYTES = 2**30
 #: A block serves results down to this part of its size, so that lengths of batches may differ.
 _LEAST_USE = 0.8
 
+
+class _Block(mmap.mmap):
+    """Memory of one result after the other."""
+
+    last_use: int
+
+
 _min_kept_bytes = 8 * 2**20
 _max_kept_bytes = 0  # none until keep_freed()
-_blocks: list[mmap.mmap] = []
+_blocks: list[_Block] = []
+_uses = itertools.count()
 _choosing = threading.Lock()
 
 
@@ -95,20 +104,22 @@ def release() -> None:
     _blocks = []
 
 
-def _block(num_bytes: int) -> mmap.mmap:
+def _block(num_bytes: int) -> _Block:
     """The smallest free block that fits, or a new one."""
     blocks = _blocks
     for index in sorted(range(len(blocks)), key=lambda i: len(blocks[i])):
         fits = _LEAST_USE * len(blocks[index]) <= num_bytes <= len(blocks[index])
         if fits and _is_free(blocks, index):
+            blocks[index].last_use = next(_uses)
             return blocks[index]
-    # Of sizes that are no longer asked for.
+    # Of sizes that are no longer asked for: the least recently used goes first.
     while num_bytes <= _max_kept_bytes < kept_bytes() + num_bytes:
-        free = next((i for i in range(len(blocks)) if _is_free(blocks, i)), None)
-        if free is None:
+        free = [index for index in range(len(blocks)) if _is_free(blocks, index)]
+        if not free:
             break
-        del blocks[free]
-    block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        del blocks[min(free, key=lambda i: blocks[i].last_use)]
+    block = _Block(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.last_use = next(_uses)
     with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
         block.madvise(mmap.MADV_HUGEPAGE)
     if kept_bytes() + num_bytes <= _max_kept_bytes:
@@ -116,6 +127,6 @@ def _block(num_bytes: int) -> mmap.mmap:
     return block
 
 
-def _is_free(blocks: list[mmap.mmap], index: int) -> bool:
+def _is_free(blocks: list[_Block], index: int) -> bool:
     """Whether no tensor holds the block: the list does, and the argument of getrefcount."""
     return sys.getrefcount(blocks[index]) == 2
