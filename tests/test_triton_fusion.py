@@ -23,13 +23,8 @@ from ort_train import wrap
 from ort_train.backends import taken_over
 from ort_train.errors import BackendUnavailableError, ConfigError
 from ort_train.ortmodule import OrtOptions, triton_kernels
-from ort_train.ortmodule.triton_fusion import (
-    FusionConfig,
-    read_config,
-    session_graph,
-    subgraphs,
-    supported_ops,
-)
+from ort_train.ortmodule.triton_config import FusionConfig, read_config, supported_ops
+from ort_train.ortmodule.triton_fusion import session_graph, subgraphs
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton (248 MB): make test-triton")

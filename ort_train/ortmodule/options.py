@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ort_train.errors import ConfigError
 from ort_train.near import did_you_mean
-from ort_train.ortmodule import triton_fusion
+from ort_train.ortmodule.triton_config import config_problems
 
 LogLevelName = Literal["verbose", "info", "warning", "error", "fatal"]
 _LOG_LEVELS = ("verbose", "info", "warning", "error", "fatal")
@@ -80,7 +80,7 @@ class OrtOptions:
     conv_algo_search: Literal["heuristic", "exhaustive"] = "heuristic"
     #: Who fuses connected elementwise operators into one kernel: Triton (CUDA only), or nobody.
     fusion: Literal["none", "triton"] = "none"
-    #: What may be fused: a file that `triton_fusion.FusionConfig` writes.
+    #: What may be fused: a file that `triton_config.FusionConfig` writes.
     triton_config: str | None = None
     triton_debug: bool = False
     #: Measure GPU kernels' variants online (CUDA/ROCm only), for at most this long.
@@ -145,7 +145,7 @@ class OrtOptions:
             if path is not None and not Path(path).is_file():
                 yield f"{name}={path!r} is not a file"
             elif path is not None and name == "triton_config":
-                yield from triton_fusion.config_problems(path)
+                yield from config_problems(path)
         if self.recompute_config is not None and self.recompute != "none":
             yield "recompute and recompute_config exclude each other: give one of them"
         for name in (
