@@ -25,6 +25,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="session")
+def _graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def shared_graphs(_graphs: Path):
+    """Graphs that a test of another subject has built are taken from the cache, also by processes
+    that it starts: what they compute is the same to the bit (test_export_cache.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORT_TRAIN_GRAPH_CACHE", str(_graphs))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_precision_of_another_test():
     """TrainingArguments of transformers 4.57 leave a run's precision behind for the next one's."""

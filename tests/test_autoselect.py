@@ -19,6 +19,8 @@ from ort_train.errors import ConfigError
 from ort_train.forward import taken_over
 from ort_train.trial import Decision, Trial
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 
 class _Net(torch.nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:

@@ -29,6 +29,8 @@ from ort_train import (
 )
 from ort_train.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 MakeModel = Callable[..., Any]
 NATIVE = {each.name for each in fields(TrainingArguments)}
 

@@ -13,6 +13,8 @@ from ort_train import job, run_folder
 from ort_train.recipes import list_recipes, load_recipe, state_gib
 from ort_train.tasks import auto_class
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 RECIPES = {info.name: info for info in list_recipes()}
 # Sizes of the models that recipes load, in the terms of transformers' configs.
 SIZES = {

@@ -24,6 +24,8 @@ from ort_train import ORTTrainer, ORTTrainingArguments
 from ort_train.errors import ConfigError, DataError, NonFiniteLossError
 from ort_train.forward import taken_over
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 MakeModel = Callable[..., Any]
 # A loss near 6 in fp32: 1e-6 from the order of summation, grown by a few AdamW steps.
 LOSS = 2e-5
