@@ -133,4 +133,5 @@ def test_longest_padding_trains_through_one_graph(tmp_path):
         "train.ort={num_threads: 1}",
         f"output.dir={tmp_path}",
     ]
-    assert job.run(load_recipe("orca2_7b_lora", settings, tiny=True)).perplexity > 1
+    # Three steps leave a guess among 512 tokens; one that sees its labels is far below.
+    assert 256 < job.run(load_recipe("orca2_7b_lora", settings, tiny=True)).perplexity < 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -17,6 +16,8 @@ from ort_train import job, run_folder, trial
 from ort_train.config import RunConfig
 from ort_train.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from ort_train.recipes import load_recipe
+
+pytestmark = pytest.mark.usefixtures("shared_graphs")
 
 
 def tiny(out: Path, *overrides: str, recipe: str = "quickstart") -> RunConfig:
@@ -39,7 +40,8 @@ def test_run_leaves_model_config_record_and_picture(
     result = job.run(config)
     assert names(out) == {"config.yaml", "model", "record.json", "training.png"}
     assert result.output_dir == out
-    assert 1 < result.perplexity < 600  # of a vocabulary of about 512
+    # Four steps leave a guess among some 512 tokens; one that sees its labels is far below.
+    assert 256 < result.perplexity < 600
 
     assert load_recipe(out / "config.yaml") == config
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -244,10 +246,8 @@ def test_exploding_run_keeps_the_last_finite_weights(tmp_path: Path):
                  "train.lr_scheduler=constant")
         )  # fmt: skip
     message = str(caught.value)
-    assert "at step" in message
-    assert "last_finite_weights" in message or "none were saved" in message
-    if "none were saved" not in message:
-        saved: Any = AutoModelForCausalLM.from_pretrained(out / "last_finite_weights")
-        assert all(torch.isfinite(p).all() for p in saved.parameters())
+    assert "at step 2" in message  # the first one's update is of 1e18
+    assert "last_finite_weights" in message
+    saved: Any = AutoModelForCausalLM.from_pretrained(out / "last_finite_weights")
+    assert all(torch.isfinite(p).all() for p in saved.parameters())
     assert not (out / "model").exists()
-    assert math.isnan(float("nan"))

@@ -21,6 +21,8 @@ from ort_train.plan import show
 from ort_train.recipes import load_recipe
 from ort_train.tokenizer import load_tokenizer, make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 TEXT = "the quick brown fox jumps over the lazy dog, which is none the wiser for it. " * 50
 IGNORED = -100
 OFFLINE = ["data.source=offline", "measure.baselines=[]"]
@@ -192,7 +194,9 @@ def test_an_adapter_of_another_task(tmp_path, name):
     quick = [f"output.dir={tmp_path}", "train.max_steps=2", "adapter.method=lora"]
     config = tiny(name, *quick, "train.ort={num_threads: 1}")
     result = job.run(config)
-    assert 1 < result.perplexity < 2000  # where all 512 tokens are as likely: 512
+    # Two steps leave a guess among 512 tokens; one that sees its labels is far below. T5's first
+    # guesses are too sure of themselves: 850.
+    assert 256 < result.perplexity < 2000
     base = load_model(config.model, load_tokenizer(config.model, TEXT), config.train.seed, 64)
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "model"))
     expected = "SEQ_2_SEQ_LM" if name == "bench_t5" else None
