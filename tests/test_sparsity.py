@@ -6,6 +6,8 @@ Tolerances are those of test_architectures.py, for its reasons.
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -109,9 +111,32 @@ def assert_same_step(eager: Any, ours: Any, inputs: dict[str, Any]) -> None:
 # --- parity
 
 
+@pytest.fixture
+def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several graphs of one model and batch are made from one export, the longest part of each."""
+    original = torch.onnx.export
+    kept: list[bytes] = []
+
+    @functools.wraps(original)
+    def export(model: Any, inputs: Any, file: io.BytesIO, **fields: Any) -> None:
+        if not kept:
+            original(model, inputs, file, **fields)
+            kept.append(file.getvalue())
+        else:
+            file.write(kept[0])
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+
+
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("architecture", language_models())
-def test_labels_as_eager(architecture: Architecture):
+def test_as_eager(architecture: Architecture, caplog: pytest.LogCaptureFixture):
     eager = architectures.make_model(architecture)
+    assert_labels_as_eager(architecture, eager)
+    assert_padding_as_eager(architecture, eager, caplog)
+
+
+def assert_labels_as_eager(architecture: Architecture, eager: Any) -> None:
     ours = wrap(copy.deepcopy(eager), "ort", options=LABELS)
     inputs = make_batch(architecture, 2, 12, seed=0)
     if architecture.model_type in REFUSED:
@@ -128,9 +153,9 @@ def test_labels_as_eager(architecture: Architecture):
     assert engine.savings.flops_per_ignored_label >= 3 * 2 * 32 * 128  # the head's, at least
 
 
-@pytest.mark.parametrize("architecture", language_models())
-def test_padding_as_eager(architecture: Architecture, caplog: pytest.LogCaptureFixture):
-    eager = architectures.make_model(architecture)
+def assert_padding_as_eager(
+    architecture: Architecture, eager: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     ours = wrap(copy.deepcopy(eager), "ort", options=BOTH)
     inputs = make_batch(architecture, 2, 12, seed=0)
     if architecture.model_type in MIXES_TOKENS:
