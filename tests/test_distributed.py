@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from ort_train import distributed
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "29511"],
@@ -78,15 +80,23 @@ def _train(launcher: list[str], folder: Path, wikitext: Path, micro_batch_size: 
     return folder
 
 
+@pytest.fixture(scope="module")
+def one(shared_graphs: None, tmp_path_factory: pytest.TempPathFactory, wikitext_dir: Path) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "one"
+    return _train([sys.executable], folder, wikitext_dir, micro_batch_size=4)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_train_as_one(launcher: str, tmp_path: Path, wikitext_dir: Path) -> None:
+def test_two_processes_train_as_one(
+    launcher: str, one: Path, tmp_path: Path, wikitext_dir: Path
+) -> None:
     name, *options = LAUNCHERS[launcher]
     program = Path(sys.executable).parent / name
     if not program.is_file():
         pytest.skip(f"{name} is not installed")
-    one = _train([sys.executable], tmp_path / "one", wikitext_dir, micro_batch_size=4)
     two = _train([str(program), *options], tmp_path / "two", wikitext_dir, micro_batch_size=2)
 
     logs = [json.loads((run / "record.json").read_text())["training"] for run in (one, two)]
