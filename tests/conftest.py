@@ -74,6 +74,15 @@ def tiny_llama() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What several processes have to train as: the cases of test_zero.py in eager PyTorch."""
+    from test_zero import CASES, launch
+
+    cases = {name: {**case, "backend": "eager"} for name, case in CASES.items()}
+    return launch(tmp_path_factory.mktemp("alone"), cases, num_ranks=1)
+
+
+@pytest.fixture(scope="session")
 def wikitext_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of wiki.valid.tokens and wiki.test.tokens: the real ones, or some like them."""
     real = ROOT.parent / "shared" / "data" / "wikitext-2"

@@ -18,9 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_zero import WORKER, assert_same_trajectory, launch
+from test_zero import WORKER, assert_same_trajectory
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.usefixtures("shared_graphs"),
+]
 
 INTERFACE = "veth0"
 PORT = 29400
@@ -97,13 +101,6 @@ def _start(host: str, launcher: list[str], cases_file: Path, log: Path) -> subpr
         )
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Eager PyTorch in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    return launch(folder, {"full": {"backend": "eager"}}, num_ranks=1)["full"]
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_zero2_over_two_hosts_trains_as_one_process(
     launcher: str, hosts: dict[str, str], alone: dict[str, Any], tmp_path: Path
@@ -132,4 +129,4 @@ def test_zero2_over_two_hosts_trains_as_one_process(
     assert codes == [0, 0], "".join(log.read_text()[-4000:] for log in logs.values())
     result = torch.load(out, weights_only=True)
     assert result["world_size"] == 2
-    assert_same_trajectory(result, alone)
+    assert_same_trajectory(result, alone["full"])

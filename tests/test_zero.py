@@ -17,7 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.usefixtures("shared_graphs"),
+]
 
 WORKER = Path(__file__).parent / "zero_worker.py"
 #: Trajectories that two processes have to follow as one process without ORTModule does.
@@ -96,14 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
-    """Eager PyTorch in one process."""
-    cases = {name: {**case, "backend": "eager"} for name, case in CASES.items()}
-    return launch(folder / "alone", cases, num_ranks=1)
-
-
-@pytest.fixture(scope="module")
-def under_zero(folder: Path) -> dict[str, Any]:
+def under_zero(shared_graphs: None, folder: Path) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     cases = {
@@ -119,7 +116,7 @@ def under_zero(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def under_ddp(folder: Path) -> dict[str, Any]:
+def under_ddp(shared_graphs: None, folder: Path) -> dict[str, Any]:
     cases = {
         **CASES,
         "eager": {"backend": "eager"},
