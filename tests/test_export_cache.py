@@ -5,6 +5,7 @@ Where a second start is meant, `torch.onnx.export` raises, so nothing can have b
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from architectures import padded_batch as batch
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
 from ort_train.forward import taken_over
-from ort_train.ortmodule import cached_graph, export_cache, trace_key
+from ort_train.ortmodule import cached_graph, export_cache, trace_key, upstream
 from ort_train.ortmodule.call import describe_call
 from ort_train.ortmodule.described import UndescribableError
 from ort_train.ortmodule.onednn import has_bf16
@@ -528,6 +530,31 @@ def cached(no_export: Callable[[], None]) -> tuple[Path, Callable[[], torch.Tens
         return loss
 
     return folder, trained
+
+
+def test_a_build_leaves_nothing_but_the_session_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upstream.load()
+    training_manager = importlib.import_module("onnxruntime.training.ortmodule._training_manager")
+    create = training_manager.TrainingAgent
+    sessions: list[Any] = []
+
+    def create_alone(*args: Any) -> Any:
+        assert [session() for session in sessions] == [None] * len(sessions)
+        session = create(*args)
+        sessions.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(training_manager, "TrainingAgent", create_alone)
+    module = wrap(_Scaled(), "ort").train()
+    for _ in range(2):
+        module(torch.ones(2, 4))["loss"].backward()
+    assert len(sessions) == 2  # one that optimizes the graph for the cache, one that runs it
+    (engine,) = taken_over(module).runner._original.engines.values()
+    manager = engine._training_manager
+    assert manager._graph_builder is None
+    assert manager._graph_transition_manager._exported_model_info.exported_model is None
 
 
 def _flip(path: Path) -> None:

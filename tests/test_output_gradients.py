@@ -11,6 +11,8 @@ import torch
 
 from ort_train import unwrap, wrap
 from ort_train.forward import taken_over
+from ort_train.ortmodule import output_gradients
+from ort_train.ortmodule.aten import operator_name
 
 # fp32 carries 24 bits: sums in another order differ by some 1e-7 at these sizes, a gradient that is
 # left out by 1e-3 and more.
@@ -67,6 +69,32 @@ def test_no_zeros_are_made_for_the_logits(wrapped: Any) -> None:
     zeros = [event.input_shapes for event in profile.events() if event.name == "aten::zero_"]
     assert zeros  # of the loss's gradient, or the optimizer's
     assert [[2, 12, 300]] not in [shapes[:1] for shapes in zeros]
+
+
+def test_without_a_gradient_of_the_logits_that_of_the_loss_is_not_copied() -> None:
+    first = torch.randn(3, 4)
+    assert output_gradients._sum(first, torch.tensor(0.0)) is first
+    other = torch.randn(3, 4)
+    kept = first.clone()
+    found = output_gradients._sum(first, other, torch.tensor(0.0))
+    assert torch.equal(found, kept + other)
+    assert torch.equal(first, kept)
+
+
+def test_the_sum_of_what_torch_computed_is_torchs(wrapped: Any) -> None:
+    ids = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(1))
+    gradients(wrapped, ids, loss_alone)
+    stand_in: Any = taken_over(wrapped)
+    (engine,) = stand_in.runner._original.engines.values()
+    nodes = engine._training_manager._onnx_models.optimized_model.graph.node
+    users: dict[str, list[Any]] = {}
+    for node in nodes:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    names = output_gradients._aliases("output-1_grad", users)
+    readers = [node for name in names for node in users[name] if node.op_type != "Identity"]
+    # A kernel of ONNX Runtime would need another tensor of the logits' size.
+    assert [operator_name(node) for node in readers] == [output_gradients._SUM]
 
 
 class TwoHeads(torch.nn.Module):

@@ -85,6 +85,7 @@ def optimized_once(manager: Any, is_on: bool) -> Iterator[None]:
             with _session_options(manager, optimized_model_filepath=str(path)):
                 create()
             _put_graph(manager, path.read_bytes())
+        manager._execution_agent = None  # or its session would stand beside the next one
         _create_unoptimized(manager, create)
         manager.runs_optimized_graph = True  # ours, for `take`
 
@@ -92,7 +93,7 @@ def optimized_once(manager: Any, is_on: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        del manager._create_execution_agent
+        manager._create_execution_agent = create
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from ort_train.ortmodule import (
     embeddings,
     export_cache,
     gradients,
+    leftovers,
     losses,
     memory,
     output_gradients,
@@ -407,10 +408,17 @@ class Engine:
 
         def with_scalars(config: Any) -> None:
             build_graph(config)
-            output_gradients.accept_scalars(manager)
+            output_gradients.accept_scalars(manager, self._is_on_cpu)
+
+        create_session = manager._create_execution_agent
+
+        def without_leftovers() -> None:
+            create_session()
+            leftovers.release(manager)
 
         manager._get_session_config = with_threads
         manager._build_graph = with_scalars
+        manager._create_execution_agent = without_leftovers
         return ort_module
 
 

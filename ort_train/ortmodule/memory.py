@@ -62,6 +62,13 @@ def keep_freed() -> bool:
     return all(library.mallopt(name, value) for name, value in settings)
 
 
+def trim() -> None:
+    """Give free memory of the heap back to the kernel, where the allocator is glibc's."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 def keep_all() -> None:
     """Keep the memory of all results but small ones, for the life of the process.
 
