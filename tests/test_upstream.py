@@ -122,6 +122,20 @@ def test_using_ort_changes_nothing_in_the_process():
     ]
 
 
+def test_the_import_brings_no_build_tools():
+    done = run_python(
+        """
+        import sys
+        from ort_train.ortmodule import upstream
+        upstream.load()
+        print([name for name in ("setuptools", "torch.utils.cpp_extension") if name in sys.modules])
+        import torch.utils.cpp_extension
+        print(hasattr(torch.utils.cpp_extension, "load_inline"))
+        """
+    )
+    assert done.stdout.splitlines() == ["[]", "True"], done.stderr
+
+
 def test_a_step_writes_nothing_to_the_terminal():
     """And swallows nothing that was printed before."""
     done = run_python(

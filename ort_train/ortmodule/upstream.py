@@ -229,6 +229,21 @@ def _untouched_logging() -> Iterator[None]:
         root.handlers[:], root.level = handlers, level
 
 
+@contextlib.contextmanager
+def _without_build_tools() -> Iterator[None]:
+    """ORTModule asks `torch.utils.cpp_extension` for ROCM_HOME alone
+    (`_graph_execution_manager.py`), whose import brings setuptools: 4 MiB that no step needs."""
+    name = "torch.utils.cpp_extension"
+    if torch.version.hip is not None or name in sys.modules:
+        yield
+        return
+    sys.modules[name] = types.SimpleNamespace(ROCM_HOME=None)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def _provide_extensions() -> None:
     """Put stand-ins where ORTModule looks for its compiled extensions.
 
@@ -296,6 +311,7 @@ def load() -> types.ModuleType:
             _torch_onnx_aliases(),
             _untouched_torch(),
             _untouched_logging(),
+            _without_build_tools(),
             warnings.catch_warnings(),
         ):
             # The CUDA wheel says on every CPU machine that it finds no CUDA runtime.
