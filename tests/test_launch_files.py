@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SBATCH = sorted(LAUNCH.glob("*.sbatch"))

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from ort_train.errors import StoppedBySignal
 from ort_train.signals import StopOnSignal
 
+pytestmark = pytest.mark.usefixtures("shared_graphs")
+
 ROOT = Path(__file__).parents[1]
 LAUNCHERS: dict[str, list[str]] = {
     "python": [],
