@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import traceback
+import weakref
 from typing import Any
 
 import numpy as np
@@ -293,6 +294,32 @@ def test_memory_of_results_is_released():
         net(ids).backward()
     # 60 steps that leaked one result each would hold 60 MiB; the allocators may move by a few.
     assert resident_mib() - before < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "num_inputs"),
+    [
+        (b"aten::relu", 1),
+        (b"aten::relu", 3),  # two more than it takes
+        (b"aten::cat", 2),  # takes a list
+        (b"aten::no_such_operator", 2),
+        (b"ort_train::to_bf16", 1),
+    ],
+)  # fmt: skip
+def test_inputs_of_a_node_are_freed_even_where_it_fails(name: str, num_inputs: int):
+    arrays = [np.ones(3, dtype=np.float32) for _ in range(num_inputs)]
+    owners = [weakref.ref(array) for array in arrays]
+    inputs = (ctypes.c_void_p * num_inputs)(
+        *(aten._to_dlpack_pointer(torch.from_numpy(array)) for array in arrays)
+    )
+    output = ctypes.c_void_p()
+    arrays.clear()
+    assert all(owner() is not None for owner in owners), "the inputs hold them"
+    addresses = ctypes.addressof(inputs), ctypes.addressof(output)
+    aten._execute(name, b"", num_inputs, addresses[0], 1, addresses[1])
+    aten._pending.clear()  # an exception holds the frames that it went through
+    assert all(owner() is None for owner in owners)
+    assert output.value, "a result, or what ONNX Runtime refuses"
 
 
 def test_poison_is_a_type_that_onnx_runtime_refuses():

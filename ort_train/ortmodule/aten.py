@@ -12,22 +12,24 @@ run then calls :func:`raise_pending`, so the user gets the original exception an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.utils import dlpack
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: Of the nodes that torch runs.
 ATEN_DOMAIN = "org.pytorch.aten"
-_CAPSULE_NAME = b"dltensor"
-_USED_CAPSULE_NAME = b"used_dltensor"
+
+# As objects of ctypes, which a call passes on as they are.
+_CAPSULE_NAME = ctypes.c_char_p(b"dltensor")
+_USED_CAPSULE_NAME = ctypes.c_char_p(b"used_dltensor")
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
@@ -38,6 +40,8 @@ _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _rename_capsule = ctypes.pythonapi.PyCapsule_SetName
 _rename_capsule.restype = ctypes.c_int
 _rename_capsule.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_from_dlpack = torch._C._from_dlpack
+_to_dlpack = torch._C._to_dlpack
 
 
 class _DLTensor(ctypes.Structure):
@@ -58,18 +62,12 @@ class _DLTensor(ctypes.Structure):
 _POISON_DTYPE_CODE = 255
 
 
-class _Argument(NamedTuple):
-    name: str
-    is_keyword: bool
-    kind: str  # kind of the element type: "TensorType", "IntType", ...
-    is_list: bool
-    is_optional: bool
-    default: Any
-
-
 class _Operator(NamedTuple):
-    overload: Any  # torch._ops.OpOverload
-    arguments: tuple[_Argument, ...]
+    overload: Callable[..., Any]  # torch._ops.OpOverload
+    #: Name where it is a keyword, and what makes the argument of an input's address, which is None
+    #: for an absent one.
+    arguments: tuple[tuple[str | None, Callable[[int | None], Any]], ...]
+    are_tensors: tuple[bool, ...]
     return_kinds: tuple[str, ...]
 
 
@@ -85,7 +83,17 @@ _SCALARS: dict[str, Any] = {
 }
 
 
-def _parse_argument(argument: torch.Argument) -> _Argument:
+def _tensor(pointer: int) -> torch.Tensor:
+    """An ORT input; takes ownership of the DLManagedTensor."""
+    tensor: torch.Tensor = _from_dlpack(_new_capsule(pointer, _CAPSULE_NAME, None))
+    return tensor
+
+
+def _converter(argument: torch.Argument) -> tuple[bool, Callable[[int | None], Any]]:
+    """Whether an operator's argument is a tensor or tensors, and what makes it of an ORT input.
+
+    Ownership of the DLManagedTensor passes with the call.
+    """
     kind = argument.real_type if hasattr(argument, "real_type") else argument.type
     is_optional = kind.kind() == "OptionalType"
     if is_optional:
@@ -93,8 +101,41 @@ def _parse_argument(argument: torch.Argument) -> _Argument:
     is_list = kind.kind() == "ListType"
     if is_list:
         kind = kind.getElementType()
-    default = argument.default_value if argument.has_default_value() else None
-    return _Argument(argument.name, argument.kwarg_only, kind.kind(), is_list, is_optional, default)
+    has_default = not is_optional and argument.has_default_value()
+    absent = argument.default_value if has_default else None
+    name, is_tensor = argument.name, kind.kind() == "TensorType"
+
+    def tensor(pointer: int | None) -> Any:
+        return _tensor(pointer) if pointer else absent
+
+    def mask(pointer: int | None) -> Any:
+        if not pointer:
+            return absent
+        value = _tensor(pointer)
+        return value.view(torch.bool) if value.dtype == torch.uint8 else value
+
+    def refused(pointer: int | None) -> Any:
+        if not pointer:
+            return absent
+        _tensor(pointer)
+        what = "a list of tensors" if is_tensor else f"kind {kind.kind()}"
+        raise TypeError(f"an ATen node can't pass argument {name!r}, {what}")
+
+    convert = _SCALARS.get(kind.kind(), refused)
+
+    def number(pointer: int | None) -> Any:
+        return convert(_tensor(pointer).item()) if pointer else absent
+
+    def numbers(pointer: int | None) -> Any:
+        if not pointer:
+            return absent
+        return [convert(value) for value in _tensor(pointer).reshape(-1).tolist()]
+
+    if is_tensor and not is_list:
+        return is_tensor, mask if name in _MASKS else tensor
+    if convert is refused:
+        return is_tensor, refused
+    return is_tensor, numbers if is_list else number
 
 
 @functools.cache
@@ -102,25 +143,14 @@ def _operator(name: bytes, overload: bytes) -> _Operator:
     namespace, _, short_name = name.decode().rpartition("::")
     packet = getattr(getattr(torch.ops, namespace or "aten"), short_name)
     op = getattr(packet, overload.decode() or "default")
-    arguments = tuple(_parse_argument(argument) for argument in op._schema.arguments)
-    returns = tuple(value.type.kind() for value in op._schema.returns)
-    return _Operator(op, arguments, returns)
-
-
-def _to_python(argument: _Argument, pointer: int | None) -> Any:
-    """An ORT input as the operator's argument; takes ownership of the DLManagedTensor."""
-    if not pointer:
-        return None if argument.is_optional else argument.default
-    tensor = torch._C._from_dlpack(_new_capsule(pointer, _CAPSULE_NAME, None))
-    if argument.kind == "TensorType" and not argument.is_list:
-        is_mask = tensor.dtype == torch.uint8 and argument.name in _MASKS
-        return tensor.view(torch.bool) if is_mask else tensor
-    if argument.kind not in _SCALARS:
-        kind = "a list of tensors" if argument.kind == "TensorType" else f"kind {argument.kind}"
-        raise TypeError(f"an ATen node can't pass argument {argument.name!r}, {kind}")
-    convert = _SCALARS[argument.kind]
-    values = tensor.reshape(-1).tolist()
-    return [convert(value) for value in values] if argument.is_list else convert(values[0])
+    converters = [_converter(argument) for argument in op._schema.arguments]
+    names = [argument.name if argument.kwarg_only else None for argument in op._schema.arguments]
+    return _Operator(
+        op,
+        tuple(zip(names, (convert for _, convert in converters), strict=True)),
+        tuple(is_tensor for is_tensor, _ in converters),
+        tuple(value.type.kind() for value in op._schema.returns),
+    )
 
 
 def _to_dlpack_pointer(value: Any) -> int | None:
@@ -128,11 +158,11 @@ def _to_dlpack_pointer(value: Any) -> int | None:
     if value is None:
         return None
     tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.contiguous()
     if tensor.dtype == torch.bool:  # see _MASKS
         tensor = tensor.view(torch.uint8)
-    capsule = dlpack.to_dlpack(tensor)
-    pointer = _capsule_pointer(capsule, _CAPSULE_NAME)
+    capsule = _to_dlpack(tensor)
+    pointer: int = _capsule_pointer(capsule, _CAPSULE_NAME)
     _rename_capsule(capsule, _USED_CAPSULE_NAME)
     return pointer
 
@@ -165,34 +195,6 @@ def raise_pending(cause: BaseException | None = None) -> None:
     if errors:
         del cause
         raise errors[0] from None
-
-
-def _arguments(op: _Operator, pointers: list[int | None]) -> tuple[list[Any], dict[str, Any]]:
-    """A node's inputs as the operator's positional and keyword arguments."""
-    positional: list[Any] = []
-    keywords: dict[str, Any] = {}
-    errors: list[Exception] = []
-    # Every input is converted, even after one failed: ownership passes with the call.
-    for argument, pointer in zip(op.arguments, pointers, strict=False):
-        try:
-            value = _to_python(argument, pointer)
-        except Exception as error:
-            errors.append(error)
-            continue
-        if argument.is_keyword:
-            keywords[argument.name] = value
-        else:
-            positional.append(value)
-    if len(pointers) > len(op.arguments):
-        errors.append(
-            TypeError(
-                f"{op.overload} takes {len(op.arguments)} arguments, and the ATen node passes "
-                f"{len(pointers)}"
-            )
-        )
-    if errors:
-        raise errors[0]
-    return positional, keywords
 
 
 def operator_name(node: Any) -> str:
@@ -242,14 +244,46 @@ def direct(name: str) -> Callable[[_Function], _Function]:
     return keep
 
 
-def _run_direct(function: Callable[..., Any], pointers: list[int | None]) -> Any:
-    capsules = [
-        None if pointer is None else _new_capsule(pointer, _CAPSULE_NAME, None)
-        for pointer in pointers
-    ]
-    tensors = [None if capsule is None else torch._C._from_dlpack(capsule) for capsule in capsules]
-    with torch.no_grad():
-        return function(*tensors)
+def _run_direct(function: Callable[..., Any], pointers: Sequence[int | None]) -> Any:
+    remaining = iter(pointers)
+    try:
+        tensors = [
+            _from_dlpack(_new_capsule(pointer, _CAPSULE_NAME, None)) if pointer else None
+            for pointer in remaining
+        ]
+    except BaseException:
+        _drop(remaining)
+        raise
+    return function(*tensors)
+
+
+def _run_operator(op: _Operator, pointers: Sequence[int | None]) -> Any:
+    positional: list[Any] = []
+    keywords: dict[str, Any] = {}
+    remaining = iter(pointers)
+    try:
+        for (keyword, convert), pointer in zip(op.arguments, remaining, strict=False):
+            if keyword is None:
+                positional.append(convert(pointer))
+            else:
+                keywords[keyword] = convert(pointer)
+        if len(pointers) > len(op.arguments):
+            raise TypeError(
+                f"{op.overload} takes {len(op.arguments)} arguments, and the ATen node passes "
+                f"{len(pointers)}"
+            )
+    except BaseException:
+        _drop(remaining)
+        raise
+    return op.overload(*positional, **keywords)
+
+
+def _drop(pointers: Iterable[int | None]) -> None:
+    """Free inputs that nobody converted, as ownership passes with the call."""
+    for pointer in pointers:
+        if pointer:
+            with contextlib.suppress(Exception):
+                _tensor(pointer)
 
 
 def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool) -> bool:
@@ -257,33 +291,65 @@ def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool
         return True
     try:
         op = _operator(name, overload)
-        kind = op.arguments[index].kind if is_input else op.return_kinds[index]
-        return kind == "TensorType"
+        return op.are_tensors[index] if is_input else op.return_kinds[index] == "TensorType"
     except BaseException as error:
         keep_error(error)
         return False
 
 
-def _execute(
-    name: bytes, overload: bytes, num_inputs: int, inputs: Any, num_outputs: int, outputs: Any
-) -> None:
-    pointers = [inputs[i] for i in range(num_inputs)]
+@functools.cache
+def _addresses(count: int) -> Any:
+    """The C type of an array of so many addresses."""
+    return ctypes.c_void_p * count
+
+
+def _results(name: bytes, overload: bytes, pointers: Sequence[int | None]) -> Any:
+    function = _direct.get(name)
+    if function is not None:
+        return _run_direct(function, pointers)
     try:
-        if name in _direct:
-            results = _run_direct(_direct[name], pointers)
-        else:
-            op = _operator(name, overload)
-            positional, keywords = _arguments(op, pointers)
+        op = _operator(name, overload)
+    except BaseException:
+        _drop(pointers)
+        raise
+    return _run_operator(op, pointers)
+
+
+def _execute(
+    name: bytes,
+    overload: bytes,
+    num_inputs: int,
+    inputs: int | None,
+    num_outputs: int,
+    outputs: int,
+) -> None:
+    """Run a node.
+
+    In a step as short as 50 ms most of this isn't in the processor's cache, where each call takes
+    several times as long as in a loop: hence few of them.
+
+    Args:
+        inputs: address of as many addresses.
+        outputs: address of as many addresses, which are written.
+    """
+    results = _addresses(num_outputs).from_address(outputs)
+    try:
+        pointers = _addresses(num_inputs).from_address(inputs)[:] if inputs else []
+        if torch.is_grad_enabled():  # it isn't in ORTModule's passes
             with torch.no_grad():
-                results = op.overload(*positional, **keywords)
-        if not isinstance(results, tuple | list):
-            results = (results,)
-        for i in range(num_outputs):
-            outputs[i] = _to_dlpack_pointer(results[i])
+                values = _results(name, overload, pointers)
+        else:
+            values = _results(name, overload, pointers)
+        if isinstance(values, torch.Tensor):
+            results[0] = _to_dlpack_pointer(values)
+        else:
+            values = values if isinstance(values, (tuple, list)) else (values,)
+            for i in range(num_outputs):
+                results[i] = _to_dlpack_pointer(values[i])
     except BaseException as error:
         keep_error(error)
         for i in range(num_outputs):
-            outputs[i] = _poisoned_pointer()
+            results[i] = _poisoned_pointer()
 
 
 _IsTensorArgument = ctypes.CFUNCTYPE(
@@ -294,9 +360,9 @@ _ExecuteOperator = ctypes.CFUNCTYPE(
     ctypes.c_char_p,
     ctypes.c_char_p,
     ctypes.c_size_t,
-    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
     ctypes.c_size_t,
-    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
 )
 # Kept for the life of the process: ONNX Runtime holds their addresses.
 _is_tensor_callback = _IsTensorArgument(_is_tensor_argument)

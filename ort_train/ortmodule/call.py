@@ -6,6 +6,7 @@ None) is constant in one graph, and part of the key that picks the graph.
 
 from __future__ import annotations
 
+import functools
 import keyword
 import re
 from collections.abc import Callable, Mapping
@@ -40,8 +41,12 @@ class CallSchema:
     constants: tuple[tuple[int, Any], ...]
     constant_types: tuple[type, ...]
 
-    def __hash__(self) -> int:  # TreeSpec's own hash walks its whole repr
+    @functools.cached_property
+    def _hash(self) -> int:  # TreeSpec's own hash walks its whole repr
         return hash((self.names, self.tensors, self.constants))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the call with these tensors."""
@@ -86,12 +91,40 @@ def describe_call(
     Raises:
         UnsupportedModelError: for an argument that is neither tensor nor constant.
     """
-    kwargs = {
-        name: torch.tensor(value)
-        if name in _NUMBERS_PER_BATCH and isinstance(value, int | float)
-        else value
-        for name, value in kwargs.items()
-    }
+    kwargs = dict(kwargs)
+    for name in _NUMBERS_PER_BATCH & kwargs.keys():
+        if isinstance(kwargs[name], int | float):
+            kwargs[name] = torch.tensor(kwargs[name])
+    leaves = (*args, *kwargs.values())
+    kinds = [_kind(leaf) for leaf in leaves]
+    if None in kinds:  # something nested, or nothing that a graph takes
+        return _describe(args, kwargs)
+    key = len(args), tuple(kwargs), tuple(kinds)
+    schema = _flat_schemas.get(key)
+    if schema is None:
+        schema, tensors = _describe(args, kwargs)
+        if len(_flat_schemas) < _MAX_FLAT_SCHEMAS:
+            _flat_schemas[key] = schema
+        return schema, tensors
+    return schema, tuple([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+
+
+#: Of calls without nesting, which are looked up instead of described anew at every step.
+_flat_schemas: dict[Any, CallSchema] = {}
+_MAX_FLAT_SCHEMAS = 256
+
+
+def _kind(leaf: Any) -> tuple[Any, ...] | None:
+    """What a schema knows of an argument; None for what isn't a tensor or a constant itself."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dim(), leaf.dtype, leaf.device, leaf.requires_grad
+    # The very types: others may be equal to a constant and be another argument.
+    return (type(leaf), leaf) if type(leaf) in _CONSTANTS else None
+
+
+def _describe(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[CallSchema, tuple[torch.Tensor, ...]]:
     leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
     tensors: list[torch.Tensor] = []
     names: list[str] = []
@@ -124,8 +157,13 @@ def size_pattern(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
     What a trace takes for granted about sizes: it skips a broadcast over a batch of one, and the
     expansion of one tensor to another's size where both are equal.
     """
+    return _size_pattern(tuple([tensor.shape for tensor in tensors]))
+
+
+@functools.lru_cache(maxsize=256)
+def _size_pattern(shapes: tuple[torch.Size, ...]) -> tuple[int, ...]:
     numbers: dict[int, int] = {1: -1}
-    return tuple(numbers.setdefault(size, len(numbers)) for t in tensors for size in t.shape)
+    return tuple(numbers.setdefault(size, len(numbers)) for shape in shapes for size in shape)
 
 
 def fits_pattern(tensors: tuple[torch.Tensor, ...], pattern: tuple[int, ...]) -> bool:

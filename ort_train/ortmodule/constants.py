@@ -12,6 +12,7 @@ in global variables.
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -62,27 +63,64 @@ class PlainAttributes:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._owners = [_Owner(*attributes) for attributes in _attributes_of(module)]
+        self._index()
+
+    def _index(self) -> None:
+        """Of all owners, for a look at every step: one loop, in C as far as can be."""
+        self._getters = [(owner.get, owner.attributes) for owner in self._owners]
+        self._values = [value for owner in self._owners for value in owner.values]
+        self._others = [
+            (owner.attributes, name, owner.known[name])
+            for owner in self._owners
+            for name in owner.others
+        ]
 
     def forget_changed(self) -> None:
         """Leave out, from now on, what isn't what it was: the forward itself writes it."""
         for owner in self._owners:
             owner.forget_changed()
+        self._index()
 
     def changed(self) -> str | None:
         """The path of one that isn't what it was, or None."""
+        if self._is_untouched():
+            return None
         for owner in self._owners:
-            if not owner.is_untouched() and (name := owner.changed()) is not None:
+            if (name := owner.changed()) is not None:
                 return f"{owner.path}.{name}".lstrip(".")
+        self._index()
         return None
+
+    def _is_untouched(self) -> bool:
+        """Quick, and false for some that are unchanged."""
+        try:
+            found = [get(attributes) for get, attributes in self._getters]
+        except KeyError:
+            return False
+        if not all(map(operator.is_, itertools.chain.from_iterable(found), self._values)):
+            return False
+        for attributes, name, known in self._others:
+            if not _is_same(attributes.get(name), known):
+                return False
+        return True
 
 
 class _Owner:
-    """A module's or config's own attributes."""
+    """A module's or config's own attributes.
+
+    Attributes:
+        path: of the owner, from the module.
+        attributes: its `__dict__`.
+        known: those that count, as they were.
+        others: names of those that aren't numbers, words or the like.
+        get: takes all others of the known from `attributes`, as a tuple.
+        values: what it took.
+    """
 
     def __init__(self, path: str, attributes: dict[str, Any], left_out: frozenset[str]) -> None:
         self.path = path
-        self._attributes = attributes
-        self._known = {
+        self.attributes = attributes
+        self.known = {
             name: _snapshot(value)
             for name, value in attributes.items()
             if name not in left_out and _is_setting(value)
@@ -90,36 +128,26 @@ class _Owner:
         self._index()
 
     def _index(self) -> None:
-        values = {name: self._attributes.get(name) for name in self._known}
+        values = {name: self.attributes.get(name) for name in self.known}
         plain = [name for name, value in values.items() if type(value) in _PLAIN]
-        self._others = [name for name in values if name not in plain]
+        self.others = [name for name in values if name not in plain]
         # Two names at least, for itemgetter to return a tuple.
-        self._get = operator.itemgetter(*plain, *plain[:1]) if plain else _nothing
-        self._values: tuple[Any, ...] = self._get(self._attributes)
-
-    def is_untouched(self) -> bool:
-        """Quick, and false for some that are unchanged."""
-        try:
-            found = self._get(self._attributes)
-        except KeyError:
-            return False
-        return all(map(operator.is_, found, self._values)) and all(
-            _is_same(self._attributes.get(name), self._known[name]) for name in self._others
-        )
+        self.get = operator.itemgetter(*plain, *plain[:1]) if plain else _nothing
+        self.values: tuple[Any, ...] = self.get(self.attributes)
 
     def changed(self) -> str | None:
-        for name, known in self._known.items():
-            if not _is_same(self._attributes.get(name, _GONE), known):
+        for name, known in self.known.items():
+            if not _is_same(self.attributes.get(name, _GONE), known):
                 return name
-        self._known = {name: _snapshot(self._attributes[name]) for name in self._known}
+        self.known = {name: _snapshot(self.attributes[name]) for name in self.known}
         self._index()
         return None
 
     def forget_changed(self) -> None:
-        self._known = {
+        self.known = {
             name: known
-            for name, known in self._known.items()
-            if _is_same(self._attributes.get(name, _GONE), known)
+            for name, known in self.known.items()
+            if _is_same(self.attributes.get(name, _GONE), known)
         }
         self._index()
 
@@ -172,4 +200,10 @@ def _is_same(found: Any, known: Any) -> bool:
         return True
     if type(found) is not type(known):
         return False
+    if isinstance(known, dict | list) and len(found) == len(known):
+        entries = map(operator.is_, found, known)
+        if isinstance(known, dict):
+            entries = itertools.chain(entries, map(operator.is_, found.values(), known.values()))
+        if all(entries):
+            return True
     return repr(found) == repr(known)  # which tells 1 from True, and takes NaN for NaN

@@ -7,7 +7,7 @@ import importlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ort_train.ortmodule.graph_module import (
     training_flags_kept,
     without_checkpointing,
 )
+from ort_train.ortmodule.module_state import ModuleState
 from ort_train.ortmodule.options import OrtOptions
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Engine:
         #: from a generator of its own: after a forward without backward the two are out of step,
         #: and gradients would be those of other masks. Such a graph must not run again.
         self.awaits_backward = False
-        self._parameter_ids: tuple[int, ...] = ()
+        self._state: ModuleState | None = None
         self._buffer_names: tuple[str, ...] = ()
         self._constant_buffers: dict[str, KnownTensor] = {}
         self._attributes: PlainAttributes | None = None
@@ -104,22 +105,23 @@ class Engine:
     def __call__(
         self,
         tensors: tuple[torch.Tensor, ...],
-        parameter_ids: tuple[int, ...],
+        state: ModuleState,
         make_deferred: Callable[[torch.dtype], Any] | None = None,
     ) -> Any:
         """One training forward; the result is differentiable by torch's autograd.
 
         Args:
             tensors: the call's tensors, in the schema's order.
-            parameter_ids: ids of the module's parameters; others than last time's are bound anew.
+            state: of the module; other parameters and buffers than last time's are bound anew.
             make_deferred: what stands for logits that the graph doesn't compute.
         """
         named = dict(zip(self._graph_module._schema.names, tensors, strict=True))
         if self._ort_module is None:
             outputs = self._build_and_run(named)
-            self._parameter_ids = parameter_ids
+            self._state = state
         else:
-            self._bind_state(parameter_ids)
+            if state is not self._state:
+                self._bind(state)
             if self._is_stochastic:
                 self._seed()
             outputs = self._ort_module(**named)
@@ -139,38 +141,37 @@ class Engine:
             if output.requires_grad:
                 output.register_hook(began)
 
-    def _bind_state(self, parameter_ids: tuple[int, ...]) -> None:
+    def _bind(self, state: ModuleState) -> None:
         """ORTModule keeps the parameter and buffer objects of its first step; follow changes."""
         info = self._training_manager._graph_transition_manager._post_export_processed_model_info
-        if parameter_ids != self._parameter_ids:
+        if self._state is None or state.parameter_ids != self._state.parameter_ids:
             info._buffer_for_ort_runs = None
             quantized.bind_scales(self._graph_module, self._graph_module.module)
-            self._parameter_ids = parameter_ids
-        elif self._buffer_names:
-            buffers = dict(info._flattened_module.named_buffers())
+        else:
             for name in self._buffer_names:
-                info._buffer_for_ort_runs[name] = buffers[name]
+                info._buffer_for_ort_runs[_MODULE_PREFIX + name] = state.buffers[name]
+        self._state = state
 
-    def changed_constant(self) -> str | None:
-        """What is constant in the graph and isn't what it was, in words, or None."""
-        if (name := self._changed_constant_buffer()) is not None:
+    def changed_constant(self, buffers: Mapping[str, torch.Tensor]) -> str | None:
+        """What is constant in the graph and isn't what it was, in words, or None.
+
+        Args:
+            buffers: of the module, by name.
+        """
+        if (name := self._changed_constant_buffer(buffers)) is not None:
             return f"non-persistent buffer {name!r}"
         if self._attributes is not None and (name := self._attributes.changed()) is not None:
             return f"attribute {name!r}"
         return None
 
-    def _changed_constant_buffer(self) -> str | None:
+    def _changed_constant_buffer(self, buffers: Mapping[str, torch.Tensor]) -> str | None:
         """The name of a buffer that is constant in the graph and isn't what it was, or None.
 
         The exporter makes constants of non-persistent buffers.
         """
-        if not self._constant_buffers:
-            return None
-        for name, buffer in self._graph_module.module.named_buffers():
-            if name not in self._constant_buffers:
-                continue
-            known = self._constant_buffers[name]
-            if known.is_untouched(buffer):
+        for name, known in self._constant_buffers.items():
+            buffer = buffers.get(name)
+            if buffer is None or known.is_untouched(buffer):
                 continue
             if not same_values(buffer, known.value):
                 return name
@@ -268,13 +269,12 @@ class Engine:
         graph_inputs = set(
             manager._graph_transition_manager._exported_model_info.onnx_graph_input_names
         )
-        flattened = manager._flattened_module
-        self._buffer_names = tuple(n for n, _ in flattened.named_buffers() if n in graph_inputs)
-        inputs = {name.removeprefix(_MODULE_PREFIX) for name in self._buffer_names}
+        buffers = dict(module.named_buffers())
+        self._buffer_names = tuple(n for n in buffers if _MODULE_PREFIX + n in graph_inputs)
         self._constant_buffers = {
             name: KnownTensor.of(buffer)
-            for name, buffer in module.named_buffers()
-            if name not in inputs
+            for name, buffer in buffers.items()
+            if name not in self._buffer_names
         }
         attributes.forget_changed()
         self._attributes = attributes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,10 +24,13 @@ from ort_train.ortmodule.call import (
 )
 from ort_train.ortmodule.deferred import deferred
 from ort_train.ortmodule.engine import Engine
+from ort_train.ortmodule.module_state import StateReader, forward_hooks
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.sparsity import Savings
 
 logger = logging.getLogger(__name__)
+
+_version = operator.attrgetter("_version")
 
 
 class OrtForward:
@@ -62,6 +66,7 @@ class OrtForward:
             )
         self.original = original
         self.engines: dict[Any, Engine] = {}
+        self._read_state = StateReader(module)
         #: Whether the first call took its graph from the cache; None before it.
         self.graph_from_cache: bool | None = None
         self._num_stale = 0
@@ -75,6 +80,8 @@ class OrtForward:
         return next(reversed(self.engines.values())).savings if self.engines else Savings()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return self._call(*args, **kwargs)
         with _without_autocast(self.precision):
             return self._call(*args, **kwargs)
 
@@ -94,16 +101,10 @@ class OrtForward:
         tensors: tuple[torch.Tensor, ...],
     ) -> Any:
         module = self.module
-        parameters = list(module.parameters())
-        if not any(t.requires_grad for t in (*parameters, *tensors)):
+        state = self._read_state()
+        if not state.is_trained and not any(t.requires_grad for t in tensors):
             return self.original(*args, **kwargs)  # there is nothing to train, in eager neither
-        key = (
-            schema,
-            tuple((p.requires_grad, p.dtype, p.shape) for p in parameters),
-            tuple(_traced_attributes(m, m is module) for m in module.modules()),
-            self._are_logits_read,
-            size_pattern(tensors),
-        )
+        key = (schema, state.key, self._are_logits_read, size_pattern(tensors))
         key = self._key_of_fitting(key, tensors)
         engine = self.engines.get(key)
         if engine is not None and engine.awaits_backward:
@@ -117,7 +118,7 @@ class OrtForward:
                     "before the next, set dropout to 0, or train without recomputation"
                 )
             engine = None
-        if engine is not None and (changed := engine.changed_constant()) is not None:
+        if engine is not None and (changed := engine.changed_constant(state.buffers)) is not None:
             del self.engines[key]
             self._num_stale += 1
             if self._num_stale >= self.options.max_graphs:
@@ -130,9 +131,11 @@ class OrtForward:
             engine = None
         if engine is None:
             engine = self._new_engine(key, schema)
-        compute_logits = self._logits_of_call(args, kwargs, schema, tensors, parameters, engine)
+        compute_logits = self._logits_of_call(
+            args, kwargs, schema, tensors, state.parameters, engine
+        )
         try:
-            result = engine(tensors, tuple(map(id, parameters)), compute_logits)
+            result = engine(tensors, state, compute_logits)
         except BaseException:
             if engine.build_s == 0.0:
                 del self.engines[key]  # a failed build is tried again, not kept half-made
@@ -147,7 +150,7 @@ class OrtForward:
         kwargs: dict[str, Any],
         schema: CallSchema,
         tensors: tuple[torch.Tensor, ...],
-        parameters: list[torch.nn.Parameter],
+        parameters: tuple[torch.nn.Parameter, ...],
         engine: Engine,
     ) -> Callable[[torch.dtype], Any]:
         """What makes the stand-in for the logits of a call whose graph leaves them out.
@@ -155,11 +158,11 @@ class OrtForward:
         Who reads it gets the same call's logits from a graph that has them. As who reads them once
         reads them in every step, that graph takes over.
         """
-        versions = [parameter._version for parameter in parameters]
+        versions = list(map(_version, parameters))
 
         def compute() -> torch.Tensor:
             name = type(self.module).__name__
-            if engine.is_stochastic or [p._version for p in parameters] != versions:
+            if engine.is_stochastic or list(map(_version, parameters)) != versions:
                 why = "it has dropout" if engine.is_stochastic else "its weights have changed since"
                 raise UnsupportedModelError(
                     f"the logits of this training call of {name} weren't computed "
@@ -210,7 +213,7 @@ class OrtForward:
         engine = Engine(self.module, self.original, schema, options, self.precision)
         # Their ids are in the key, and must not become others'.
         self._known_hooks += [
-            hook for part in self.module.modules() for hook in _forward_hooks(part)
+            hook for part in self.module.modules() for hook in forward_hooks(part)
         ]
         self.engines[key] = engine
         return engine
@@ -223,25 +226,6 @@ class OrtForward:
         if schema.names != last.names:
             return f"the arguments change ({sorted(set(schema.names) ^ set(last.names))})"
         return "the tensors' ranks or dtypes, or what is trained, changes"
-
-
-#: Numbers and switches of modules that a trace makes constant and that users change in training.
-_TRACED_ATTRIBUTES = ("p", "dropout", "attention_dropout", "gradient_checkpointing")
-
-
-def _traced_attributes(module: torch.nn.Module, is_whole: bool) -> tuple[Any, ...]:
-    attributes = module.__dict__
-    # Those of the whole module are called around the graph.
-    hooks = () if is_whole else _forward_hooks(module)
-    return (
-        module.training,
-        *(attributes.get(name) for name in _TRACED_ATTRIBUTES),
-        *map(id, hooks),
-    )
-
-
-def _forward_hooks(module: torch.nn.Module) -> tuple[Any, ...]:
-    return (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
 
 
 def _refuse_half_precision(module: torch.nn.Module) -> None:

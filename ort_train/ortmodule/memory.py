@@ -92,9 +92,9 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         shape: sizes of the tensor.
         dtype: type of its entries.
     """
-    if not is_large(shape, dtype):
-        return torch.empty(shape, dtype=dtype)
     count = math.prod(shape)
+    if count * dtype.itemsize < _min_kept_bytes:
+        return torch.empty(shape, dtype=dtype)
     with _choosing:
         block = _block(count * dtype.itemsize)
         return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
