@@ -322,6 +322,14 @@ def test_inputs_of_a_node_are_freed_even_where_it_fails(name: str, num_inputs: i
     assert output.value, "a result, or what ONNX Runtime refuses"
 
 
+def test_a_function_that_returns_too_little_is_an_error(monkeypatch):
+    monkeypatch.setitem(aten._direct, b"one_of_two", lambda tensor: tensor + 1)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - ONNX Runtime's report of its effect
+        run_node("one_of_two", "", [X], [torch.float32, torch.float32])
+    with pytest.raises(IndexError):
+        aten.raise_pending()
+
+
 def test_poison_is_a_type_that_onnx_runtime_refuses():
     pointer = aten._poisoned_pointer()
     head = ctypes.cast(pointer, ctypes.POINTER(aten._DLTensor)).contents

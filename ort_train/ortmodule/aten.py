@@ -2,8 +2,7 @@
 
 Upstream ships the executor as C++ source (`torch_cpp_extensions/cpu/aten_op_executor`) that has to
 be compiled against the installed torch. ONNX Runtime only wants the addresses of two C functions,
-so two ctypes callbacks serve as well, at the same step time: an ATen node runs once or twice a
-step (embedding and its gradient), and the work is done by torch either way.
+so two ctypes callbacks serve as well: the work is done by torch either way.
 
 A C callback can't raise. An exception inside one is kept, and the node's output is poisoned with
 a data type that ONNX Runtime refuses, which ends the run at that very node. Whoever started the
@@ -340,12 +339,10 @@ def _execute(
                 values = _results(name, overload, pointers)
         else:
             values = _results(name, overload, pointers)
-        if isinstance(values, torch.Tensor):
-            results[0] = _to_dlpack_pointer(values)
-        else:
-            values = values if isinstance(values, (tuple, list)) else (values,)
-            for i in range(num_outputs):
-                results[i] = _to_dlpack_pointer(values[i])
+        if not isinstance(values, (tuple, list)):
+            values = (values,)
+        for i in range(num_outputs):
+            results[i] = _to_dlpack_pointer(values[i])
     except BaseException as error:
         keep_error(error)
         for i in range(num_outputs):

@@ -201,7 +201,7 @@ def _is_same(found: Any, known: Any) -> bool:
     if type(found) is not type(known):
         return False
     if isinstance(known, dict | list) and len(found) == len(known):
-        entries = map(operator.is_, found, known)
+        entries: Iterator[bool] = map(operator.is_, found, known)
         if isinstance(known, dict):
             entries = itertools.chain(entries, map(operator.is_, found.values(), known.values()))
         if all(entries):

@@ -113,7 +113,7 @@ class _Snapshot:
 
     def _read_own(self) -> list[Any]:
         """Of each part, what it says of itself, and its containers."""
-        attributes = list(map(vars, self._parts))
+        attributes: list[dict[str, Any]] = list(map(vars, self._parts))
         found = list(itertools.chain.from_iterable(map(_flag_and_containers, attributes)))
         for name in _TRACED_ATTRIBUTES:
             found += map(dict.get, attributes, itertools.repeat(name))
