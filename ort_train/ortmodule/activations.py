@@ -32,12 +32,19 @@ def gelu(g: Any, self: Any, approximate: Any) -> Any:
 # --- What torch runs
 
 
+def _argument(
+    grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """In the gradient's type: either may have stayed in bf16 (bf16_values.py)."""
+    return (input if bias is None else input + bias).to(grad.dtype)
+
+
 @direct("ort_train::gelu_grad")
 def _gelu_grad(
     grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Of gelu(input + bias), with respect to its argument."""
-    return torch.ops.aten.gelu_backward(grad, input if bias is None else input + bias)
+    return torch.ops.aten.gelu_backward(grad, _argument(grad, input, bias))
 
 
 @direct("ort_train::gelu_tanh_grad")
@@ -45,13 +52,13 @@ def _gelu_tanh_grad(
     grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The same of GELU's approximation by tanh."""
-    argument = input if bias is None else input + bias
+    argument = _argument(grad, input, bias)
     return torch.ops.aten.gelu_backward(grad, argument, approximate="tanh")
 
 
 @direct("ort_train::relu_grad")
 def _relu_grad(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.threshold_backward(grad, output, 0)
+    return torch.ops.aten.threshold_backward(grad, output.to(grad.dtype), 0)
 
 
 # --- The graph

@@ -6,8 +6,9 @@ fp32 those with a large matrix, in bf16 all of them, as autocast would choose.
 
 In bf16 a factor is rounded by a node of its own, so that what several products share (a weight and
 an activation in forward and backward, a gradient of both) is rounded once a step. A 4-bit weight
-(quantized.py) is decoded to bf16 at once. Products are summed in fp32 by oneDNN and handed on in
-fp32, rounded to bf16 on the way as autocast's are.
+(quantized.py) is decoded to bf16 at once. Products are summed in fp32 by oneDNN, rounded to
+bf16 as autocast's are, and handed on in fp32, or as they are where only products read them
+(bf16_values.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import memory, onednn
+from ort_train.ortmodule import bf16_values, memory, onednn
 from ort_train.ortmodule.aten import aten_node, direct, operator_name
 from ort_train.ortmodule.quantized import DECODE
 
@@ -41,6 +42,13 @@ _MIN_SIDE = 32
 _ROUNDED_ENTRIES, _ROUNDED_ROWS = 2**20, 512
 #: Taken for a side whose size isn't known.
 _UNKNOWN = 512
+#: Activations of input and bias, and their gradients -> what they are without a bias.
+_WITH_BIAS = {
+    "BiasGelu": "Gelu",
+    "FastGelu": "FastGelu",
+    "ort_train::gelu_grad": "ATen",
+    "ort_train::gelu_tanh_grad": "ATen",
+}
 #: The gradient of MatMul names the factors so that it has flattened to matrices
 #: (`gradient_builder.cc`, GetMatMulGradient).
 _FLATTENED = "_reshape_2d"
@@ -83,23 +91,47 @@ def _product(
     return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
 
 
+def _product_in_bf16(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, a_t: bool, b_t: bool
+) -> torch.Tensor:
+    """The same of factors in bf16, handed on in bf16; the bias is rounded, as under autocast."""
+    left, right = _flattened(a), _flattened(b)
+    left, right = left.t() if a_t else left, right.t() if b_t else right
+    result = memory.empty(left.shape[0], right.shape[1], dtype=torch.bfloat16)
+    if bias is None:
+        torch.mm(left, right, out=result)
+    else:
+        torch.addmm(bias.bfloat16(), left, right, out=result)
+    return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
+
+
 def _batched_product(a: torch.Tensor, b: torch.Tensor, *, a_t: bool, b_t: bool) -> torch.Tensor:
-    """Products of the last two axes, broadcast over the others."""
+    """Products of the last two axes, broadcast over the others, in fp32."""
+    rounded = _batched_product_in_bf16(a, b, a_t=a_t, b_t=b_t)
+    return memory.empty(*rounded.shape, dtype=torch.float32).copy_(rounded)
+
+
+def _batched_product_in_bf16(
+    a: torch.Tensor, b: torch.Tensor, *, a_t: bool, b_t: bool
+) -> torch.Tensor:
     left, right = a.mT if a_t else a, b.mT if b_t else b
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    shape = (*batch, left.shape[-2], right.shape[-1])
-    rounded = memory.empty(*shape, dtype=torch.bfloat16)
-    torch.matmul(left, right, out=rounded)
-    return memory.empty(*shape, dtype=torch.float32).copy_(rounded)
+    rounded = memory.empty(*batch, left.shape[-2], right.shape[-1], dtype=torch.bfloat16)
+    return torch.matmul(left, right, out=rounded)
 
 
 def _operator(kind: str, a_t: bool, b_t: bool) -> str:
     return f"ort_train::{kind}_{'t' if a_t else 'n'}{'t' if b_t else 'n'}"
 
 
-for _kind, _function in (("product", _product), ("batched_product", _batched_product)):
-    for _a_t, _b_t in itertools.product((False, True), repeat=2):
-        direct(_operator(_kind, _a_t, _b_t))(functools.partial(_function, a_t=_a_t, b_t=_b_t))
+for _a_t, _b_t in itertools.product((False, True), repeat=2):
+    for _name, _function in (
+        (_operator("product", _a_t, _b_t), _product),
+        (_operator("product", _a_t, _b_t) + bf16_values.SUFFIX, _product_in_bf16),
+        (_operator("batched_product", _a_t, _b_t), _batched_product),
+        (_operator("batched_product", _a_t, _b_t) + bf16_values.SUFFIX, _batched_product_in_bf16),
+    ):
+        direct(_name)(functools.partial(_function, a_t=_a_t, b_t=_b_t))
 
 
 # --- The graph
@@ -168,6 +200,10 @@ class _Graph:
             return None
         return node
 
+    def is_bias(self, name: str, columns: int | None) -> bool:
+        """Whether it is a parameter with an entry for each column."""
+        return name not in self.producers and self.sizes.get(name) == [columns]
+
     def is_wanted(self, sizes: list[int | None] | None, is_bf16: bool) -> bool:
         """Whether torch is asked for products with a matrix of these sizes."""
         if sizes is None or len(sizes) != 2:
@@ -199,9 +235,32 @@ def _product_of(graph: _Graph, node: Any, is_bf16: bool) -> _Product | None:
     if len(graph.sizes.get(b, ())) == 2:
         if a_t or not graph.is_wanted(graph.sizes[b], is_bf16):
             return None
-        return product._replace(b=b, b_t=b_t ^ is_transpose)
+        return _with_bias(graph, product._replace(b=b, b_t=b_t ^ is_transpose))
     is_float = graph.types.get(product.output) == 1  # onnx.TensorProto.FLOAT
     return product._replace(kind="batched_product") if is_bf16 and is_float else None
+
+
+def _with_bias(graph: _Graph, product: _Product) -> _Product:
+    """With what is added to it, where nothing reads it without."""
+    readers = graph.consumers[product.output]
+    if not readers or product.output in graph.outputs:
+        return product
+    columns = graph.sizes[product.b][0 if product.b_t else 1]
+    first, *others = readers
+    if first.op_type == "Add" and not others:
+        bias = next((name for name in first.input if name != product.output), "")
+        if graph.is_bias(bias, columns):
+            return product._replace(bias=bias, output=first.output[0])
+        return product
+    # An activation that has taken over the bias, and its gradient, would add it twice a step.
+    if all(operator_name(n) in _WITH_BIAS and n.input[-2:-1] == [product.output] for n in readers):
+        biases = {node.input[-1] for node in readers}
+        if len(biases) == 1 and graph.is_bias(first.input[-1], columns):
+            for node in readers:
+                del node.input[-1]
+                node.op_type = _WITH_BIAS[operator_name(node)]
+            return product._replace(bias=biases.pop())
+    return product
 
 
 def _gemm(graph: _Graph, product: _Product, is_bf16: bool) -> _Product | None:
@@ -248,6 +307,8 @@ def replace(proto: Any, is_bf16: bool) -> int:
     rounded: set[str] = set()
     replaced: set[str] = set()
     for node in proto.node:
+        if node.output[0] in replaced:  # a transpose, or the sum with a bias
+            continue
         product = _product_of(graph, node, is_bf16)
         if product is None:
             nodes.append(node)
@@ -279,10 +340,20 @@ def replace(proto: Any, is_bf16: bool) -> int:
         operator = _operator(product.kind, product.a_t, product.b_t)
         bias = [product.bias] if product.bias else []
         nodes.append(node_of(operator, factors + bias, product.output))
-    nodes = [n for n in nodes if not (_is_matrix_transpose(n) and n.output[0] in replaced)]
     del proto.node[:]
     proto.node.extend(_without_unused(nodes, graph.outputs))
+    if is_bf16:
+        bf16_values.keep(proto, _is_rounding, _can_hand_on)
     return len(replaced)
+
+
+def _is_rounding(node: Any) -> bool:
+    return operator_name(node) == _ROUND
+
+
+def _can_hand_on(node: Any) -> bool:
+    """Whether an operator of the same name with bf16_values.SUFFIX hands on bf16."""
+    return operator_name(node).startswith(("ort_train::product_", "ort_train::batched_product_"))
 
 
 def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
