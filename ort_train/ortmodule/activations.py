@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ort_train.ortmodule.aten import aten_node, direct
+from ort_train.ortmodule.graph import declare
 from ort_train.ortmodule.nodes import constant, sizes_of, typed
 from ort_train.ortmodule.upstream import exporter_module
 
@@ -32,9 +33,7 @@ def gelu(g: Any, self: Any, approximate: Any) -> Any:
 # --- What torch runs
 
 
-def _argument(
-    grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _argument(grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """In the gradient's type: either may have stayed in bf16 (bf16_values.py)."""
     return (input if bias is None else input + bias).to(grad.dtype)
 
@@ -78,17 +77,14 @@ def replace(graph: Any) -> None:
     Args:
         graph: onnx.GraphProto of forward and backward, changed in place.
     """
-    from onnx import TensorProto, helper
-
-    known = {info.name for info in (*graph.value_info, *graph.output)}
+    written: list[str] = []
     for index, node in enumerate(graph.node):
         if node.op_type not in _OPERATORS:
             continue
-        if node.output[0] not in known:  # which can't be inferred of what torch runs
-            info = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
-            graph.value_info.append(info)
         operator = _OPERATORS[node.op_type]
         graph.node[index].CopyFrom(aten_node(operator, node.input, node.output, node.name))
+        written.append(node.output[0])
+    declare(graph, written)
 
 
 @functools.cache

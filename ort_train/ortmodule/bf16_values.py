@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ort_train.ortmodule.aten import aten_node, direct, operator_name
+from ort_train.ortmodule.graph import declare
 
 #: Appended to the name of an operator that hands on bf16 in place of fp32.
 SUFFIX = "_in_bf16"
@@ -93,8 +94,14 @@ _UNARY = {
     "FastGelu": "ort_train::gelu_tanh",
     "QuickGelu": "ort_train::silu",
 }
-#: Gradients that torch runs (activations.py): of the type of what they are given first.
-_GRADIENTS = ("ort_train::relu_grad", "ort_train::gelu_grad", "ort_train::gelu_tanh_grad")
+#: Gradients that torch runs (activations.py, output_gradients.py): of the type of what they are
+#: given first.
+_GRADIENTS = (
+    "ort_train::relu_grad",
+    "ort_train::gelu_grad",
+    "ort_train::gelu_tanh_grad",
+    "ort_train::sum_of_gradients",
+)
 
 
 class _Graph:
@@ -107,9 +114,7 @@ class _Graph:
             for position, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append((node, position))
         self.outputs = {info.name for info in proto.output}
-        self.infos = {
-            info.name: info for info in (*proto.value_info, *proto.input, *proto.output)
-        }
+        self.infos = {info.name: info for info in (*proto.value_info, *proto.input, *proto.output)}
         self.initializers = {tensor.name: tensor for tensor in proto.initializer}
 
     def sizes(self, name: str) -> list[int | str] | None:
@@ -246,9 +251,10 @@ def _can_be_bf16(graph: _Graph, name: str, can_hand_on: Callable[[Any], bool]) -
 
 def _set(graph: _Graph, kept: set[str], can_hand_on: Callable[[Any], bool]) -> int:
     """Write the graph with these values in bf16; returns how many roundings that spares."""
-    from onnx import TensorProto, helper
+    from onnx import TensorProto
 
     nodes, renamed = [], {}
+    summed: list[str] = []
     for node in graph.proto.node:
         if graph.is_rounding(node) and node.input[0] in kept:
             renamed[node.output[0]] = node.input[0]
@@ -261,9 +267,7 @@ def _set(graph: _Graph, kept: set[str], can_hand_on: Callable[[Any], bool]) -> i
             operator.s += SUFFIX.encode()
         elif node.op_type == "ReduceSum" and node.input[0] in kept:
             node = aten_node(_SUM_ROWS, node.input[:1], node.output, node.name)
-            if node.output[0] not in graph.infos:  # which can't be inferred of what torch runs
-                info = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
-                graph.proto.value_info.append(info)
+            summed.append(node.output[0])
         nodes.append(node)
     for node in nodes:
         for position, name in enumerate(node.input):
@@ -271,9 +275,8 @@ def _set(graph: _Graph, kept: set[str], can_hand_on: Callable[[Any], bool]) -> i
     for name in kept:
         if name in graph.infos:
             graph.infos[name].type.tensor_type.elem_type = TensorProto.BFLOAT16
-        else:
-            info = helper.make_tensor_value_info(name, TensorProto.BFLOAT16, None)
-            graph.proto.value_info.append(info)
+    declare(graph.proto, kept, TensorProto.BFLOAT16)
+    declare(graph.proto, summed)
     del graph.proto.node[:]
     graph.proto.node.extend(nodes)
     return len(renamed)

@@ -1,14 +1,24 @@
-"""The gradient of an embedding, written to memory that is kept (memory.py)."""
+"""The gradient of an embedding, written to memory that is kept (memory.py).
+
+Where the head has the embedding's weight, the rows are added to the head's gradient: a gradient of
+the weight's size less to make, to fill with zeros and to add.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ort_train.ortmodule import memory
-from ort_train.ortmodule.aten import direct
+from ort_train.ortmodule.aten import aten_node, direct, operator_name
+from ort_train.ortmodule.graph import declare
+
+_GRADIENT = "embedding_backward"
+_ADD_GRADIENT = "ort_train::add_embedding_gradient"
 
 
 def _gradient(
@@ -49,7 +59,51 @@ def _gradient(
     return result
 
 
+@direct(_ADD_GRADIENT)
+def _add_gradient(
+    total: torch.Tensor, grad: torch.Tensor, *arguments: torch.Tensor
+) -> torch.Tensor:
+    """`total` with the gradient added to it in place; the other arguments are _gradient's."""
+    indices, _, padding_idx, scale_grad_by_freq, sparse = arguments
+    if bool(scale_grad_by_freq) or bool(sparse):
+        return total.add_(_gradient(grad, *arguments))
+    row_of, rows, padding = indices.flatten(), grad.reshape(-1, grad.shape[-1]), int(padding_idx)
+    if padding >= 0:
+        rows = rows.masked_fill((row_of == padding)[:, None], 0)
+    return total.index_add_(0, row_of, rows)
+
+
+def add_to_products(graph: Any, is_product: Callable[[Any], bool]) -> None:
+    """Add embeddings' gradients to the other gradient of the same weight, in its memory.
+
+    Args:
+        graph: onnx.GraphProto of forward and backward, changed in place.
+        is_product: of a node, whether torch computes a product in memory of its own: what ONNX
+            Runtime has allocated it may give to another value, as soon as its last reader has run.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
+    num_readers = Counter(name for node in graph.node for name in node.input)
+    nodes: list[Any] = []
+    for node in graph.node:
+        parts = {n: producers.get(n) for n in node.input if num_readers[n] == 1}
+        gradients = [n for n, p in parts.items() if p is not None and operator_name(p) == _GRADIENT]
+        totals = [name for name, part in parts.items() if part is not None and is_product(part)]
+        if node.op_type != "Sum" or len(totals) != 1 or {*totals, *gradients} != {*node.input}:
+            nodes.append(node)
+            continue
+        (total,) = totals
+        for name in gradients:
+            part = parts[name]
+            nodes.remove(part)
+            output = node.output[0] if name == gradients[-1] else f"{name}/total"
+            declare(graph, [output])
+            nodes.append(aten_node(_ADD_GRADIENT, [total, *part.input], [output], part.name))
+            total = output
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 @functools.cache
 def register() -> None:
     """With the ATen executor, for the life of the process."""
-    direct("embedding_backward")(_gradient)
+    direct(_GRADIENT)(_gradient)

@@ -232,6 +232,7 @@ class Engine:
                 embeddings.register()
                 losses.register()
                 activations.register()
+                output_gradients.register()
                 self._seed()
                 try:
                     with (
@@ -408,7 +409,7 @@ class Engine:
 
         def with_scalars(config: Any) -> None:
             build_graph(config)
-            output_gradients.accept_scalars(manager, self._is_on_cpu)
+            output_gradients.accept_scalars(manager)
 
         create_session = manager._create_execution_agent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from ort_train.ortmodule.aten import ATEN_DOMAIN
@@ -14,6 +15,22 @@ SEPARATOR = "|"
 
 def _attribute(node: Any, name: str) -> Any:
     return next((a for a in node.attribute if a.name == name), None)
+
+
+def declare(graph: Any, names: Iterable[str], dtype: int = 1) -> None:
+    """Say of what type values are, which can't be inferred of what torch runs.
+
+    Args:
+        graph: onnx.GraphProto, changed in place.
+        names: of the values; what is said of one already stays.
+        dtype: onnx.TensorProto.DataType, by default FLOAT.
+    """
+    from onnx import helper
+
+    known = {info.name for info in (*graph.value_info, *graph.output)}
+    for name in names:
+        if name not in known:
+            graph.value_info.append(helper.make_tensor_value_info(name, dtype, None))
 
 
 def split_gradients(graph: Any) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule import memory
+from ort_train.ortmodule import bf16_values, memory
 from ort_train.ortmodule.aten import aten_node, direct
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"
 _REDUCTIONS = {b"mean": 1, b"sum": 2}  # at::Reduction
+#: Of a gradient in bf16, so many entries are computed in fp32 and rounded while the cache has them.
+_ROUNDED_ENTRIES = 2**20
 
 
 def _define(name: str, reduction: int) -> None:
@@ -31,6 +33,14 @@ def _define(name: str, reduction: int) -> None:
         loss, _ = torch.ops.aten.nll_loss_forward(log_probs, labels, None, reduction, ignored)
         return loss, log_probs
 
+    def weights(
+        grad: torch.Tensor, labels: torch.Tensor, ignore_index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 1) labels, 0 for ignored ones, and (N, 1) factors of the rows' gradients."""
+        is_kept = labels != (-100 if ignore_index is None else int(ignore_index))
+        scale = grad.reshape(()) / (is_kept.sum() if name == "mean" else 1)
+        return torch.where(is_kept, labels, 0)[:, None], torch.where(is_kept, scale, 0.0)[:, None]
+
     @direct(f"ort_train::cross_entropy_{name}_grad")
     def backward(
         grad: torch.Tensor,
@@ -42,13 +52,34 @@ def _define(name: str, reduction: int) -> None:
 
         Written in one tensor of that size: torch's own two steps need another one.
         """
-        is_kept = labels != (-100 if ignore_index is None else int(ignore_index))
-        scale = grad.reshape(()) / (is_kept.sum() if name == "mean" else 1)
         result = memory.empty(*log_probs.shape, dtype=log_probs.dtype)
-        torch.exp(log_probs, out=result)
-        label = torch.where(is_kept, labels, 0)[:, None]
-        result.scatter_add_(1, label, result.new_full((1, 1), -1.0).expand(label.shape))
-        return result.mul_(torch.where(is_kept, scale, 0.0)[:, None])
+        return _write_gradient(result, log_probs, *weights(grad, labels, ignore_index))
+
+    @direct(f"ort_train::cross_entropy_{name}_grad{bf16_values.SUFFIX}")
+    def backward_in_bf16(
+        grad: torch.Tensor,
+        log_probs: torch.Tensor,
+        labels: torch.Tensor,
+        ignore_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same, rounded."""
+        label, weight = weights(grad, labels, ignore_index)
+        result = memory.empty(*log_probs.shape, dtype=torch.bfloat16)
+        num_rows = max(1, _ROUNDED_ENTRIES // max(1, log_probs.shape[1]))
+        exact = torch.empty_like(log_probs[:num_rows])
+        for first in range(0, len(log_probs), num_rows):
+            part = slice(first, first + num_rows)
+            rows = exact[: len(label[part])]
+            result[part] = _write_gradient(rows, log_probs[part], label[part], weight[part])
+        return result
+
+
+def _write_gradient(
+    result: torch.Tensor, log_probs: torch.Tensor, label: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    torch.exp(log_probs, out=result)
+    result.scatter_add_(1, label, result.new_full((1, 1), -1.0).expand(label.shape))
+    return result.mul_(weight)
 
 
 for _name, _reduction in _REDUCTIONS.items():

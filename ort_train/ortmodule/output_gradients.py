@@ -11,18 +11,21 @@ entropy is. That sum is torch's, too, and returns its first operand where all ot
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
 import torch
 
 from ort_train.ortmodule import memory
-from ort_train.ortmodule.aten import ATEN_DOMAIN, aten_node, direct
+from ort_train.ortmodule.aten import ATEN_DOMAIN, aten_node, direct, operator_name
+from ort_train.ortmodule.graph import declare
 
-_SUM = "ort_train::sum_of_gradients"
+ADD = "ort_train::sum_of_gradients"
 
 
-@direct(_SUM)
-def _sum(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+@direct(ADD)
+def _add(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """Gradients of one size, or a scalar zero for one that isn't given; in the first one's shape.
 
     The result may be the first one itself. It must have memory of its own, which what a node of
@@ -37,25 +40,84 @@ def _sum(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def accept_scalars(manager: Any, is_on_cpu: bool) -> None:
+def replace(graph: Any) -> None:
+    """Give the sums with gradients that torch has made to torch, which can leave them out.
+
+    Args:
+        graph: onnx.GraphProto of forward and backward, changed in place.
+    """
+    users = _users(graph)
+    producers = {name: node for node in graph.node for name in node.output}
+    given: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "YieldOp":
+            given = {name for output in node.output for name in _aliases(output, users)}
+    sums = [node for node in graph.node if node.op_type == "Sum"]
+    added: dict[str, Any] = {}  # by the gradient that each follows
+    left_out = []
+    for node in sums:
+        first, *others = sorted(node.input, key=given.__contains__)
+        path = _path_from_torch(first, producers, users)
+        if not path or not given.issuperset(others):
+            continue
+        # Right behind torch's node: a reshaped tensor of ONNX Runtime's doesn't own its memory.
+        made, *moves = path
+        name = made.output[0]
+        total = f"{name}/added" if moves else node.output[0]
+        if moves:
+            moves[0].input[0] = total
+            moves[-1].output[0] = node.output[0]
+        added[name] = aten_node(ADD, [name, *others], [total], node.name)
+        left_out.append(node)
+    declare(graph, (node.output[0] for node in added.values()))
+    nodes = []
+    for node in graph.node:
+        if node not in left_out:
+            nodes.append(node)
+        nodes.extend(added[name] for name in node.output if name in added)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _path_from_torch(
+    name: str, producers: dict[str, Any], users: dict[str, list[Any]]
+) -> list[Any]:
+    """The node of torch's that made a value, and those that moved it since; all have one reader.
+
+    Empty where ONNX Runtime made it: that memory it may give to another value once it is read.
+    """
+    path: list[Any] = []
+    while (node := producers.get(name)) is not None and len(users[name]) == 1:
+        path.insert(0, node)
+        if node.domain == ATEN_DOMAIN:
+            return path if len(node.output) == 1 else []
+        if node.op_type not in ("Identity", "Reshape"):
+            return []
+        name = node.input[0]
+    return []
+
+
+@functools.cache
+def register() -> None:
+    """With ORTModule, for graphs on the CPU, for the life of the process; after the losses."""
+    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
+    registry.register_graph_optimizer(devices="cpu", priority=-1)(replace)
+
+
+def accept_scalars(manager: Any) -> None:
     """Let a single zero stand for missing gradients, where the graph adds them to others.
 
     A gradient that is given is added as before.
 
     Args:
         manager: ORTModule's TrainingManager, whose gradient graph is built and whose session isn't.
-        is_on_cpu: whether it will run there; elsewhere to look at a zero would wait for the device.
     """
     graph = manager._onnx_models.optimized_model.graph
     (yields,) = (node for node in graph.node if node.op_type == "YieldOp")
     (full,) = (a for a in yields.attribute if a.name == "full_shape_outputs")
-    users: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
+    users = _users(graph)
     from_outside: set[str] = set(yields.output)
     scalar, shapeless = [], set()
-    all_sums: list[Any] = []
     for index in full.ints:
         names = _aliases(yields.output[index], users)
         from_outside |= names
@@ -63,56 +125,27 @@ def accept_scalars(manager: Any, is_on_cpu: bool) -> None:
             node for name in names for node in users.get(name, ()) if node.op_type != "Identity"
         ]
         others = [[n for n in node.input if n not in from_outside] for node in sums]
-        if sums and all(node.op_type == "Sum" for node in sums) and all(others):
+        if sums and all(operator_name(n) in ("Sum", ADD) for n in sums) and all(others):
             scalar.append(index)
             shapeless |= names
             for node, first in zip(sums, others, strict=True):
                 # What is first gives its memory to the result.
                 last = [n for n in node.input if n not in first]
                 node.input[:] = [*first, *last]
-            all_sums += sums
     kept = [index for index in full.ints if index not in scalar]
     full.ints[:] = kept
     for info in graph.value_info:
         if info.name in shapeless:
             info.type.tensor_type.ClearField("shape")
     manager._graph_info.output_grad_indices_require_full_shape = kept
-    if is_on_cpu:
-        _give_to_torch(graph, all_sums, users)
 
 
-def _give_to_torch(graph: Any, sums: list[Any], users: dict[str, list[Any]]) -> None:
-    """Have torch compute those sums whose first operand it has computed.
-
-    That is reshaped in between, as a rule, and then the sum is instead: ONNX Runtime's reshaped
-    tensor doesn't hold its memory, and so can't be the result.
-    """
-    producers = {name: node for node in graph.node for name in node.output}
-    infos = {info.name: info for info in graph.value_info}
-    instead: dict[str, list[Any]] = {}  # by what the replaced node returned
-    for node in sums:
-        first, *others = node.input
-        result = node.output[0]
-        source, reshape = producers[first], None
-        if source.op_type == "Reshape" and len(users[first]) == 1:
-            source, reshape = producers.get(source.input[0]), source
-        if source is None or source.domain != ATEN_DOMAIN:
-            continue
-        if reshape is None:
-            instead[result] = [aten_node(_SUM, node.input, [result], node.name)]
-            continue
-        flat, total = reshape.input[0], f"{result}/flat"
-        reshaping = type(reshape)()
-        reshaping.CopyFrom(reshape)
-        reshaping.input[0], reshaping.output[0] = total, result
-        instead[result] = [aten_node(_SUM, [flat, *others], [total], node.name), reshaping]
-        instead[first] = []
-        info = graph.value_info.add()
-        info.CopyFrom(infos[flat])
-        info.name = total
-    nodes = [each for node in graph.node for each in instead.get(node.output[0], [node])]
-    del graph.node[:]
-    graph.node.extend(nodes)
+def _users(graph: Any) -> dict[str, list[Any]]:
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    return users
 
 
 def _aliases(name: str, users: dict[str, list[Any]]) -> set[str]:

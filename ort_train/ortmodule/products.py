@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import bf16_values, memory, onednn
+from ort_train.ortmodule import bf16_values, embeddings, memory, onednn
 from ort_train.ortmodule.aten import aten_node, direct, operator_name
+from ort_train.ortmodule.graph import declare
 from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
@@ -296,7 +297,7 @@ def replace(proto: Any, is_bf16: bool) -> int:
     Returns:
         how many were replaced
     """
-    from onnx import TensorProto, helper
+    from onnx import TensorProto
 
     def node_of(operator: str, inputs: list[str], output: str) -> Any:
         name = f"{output}/{operator.rpartition(':')[2]}"
@@ -323,9 +324,6 @@ def replace(proto: Any, is_bf16: bool) -> int:
                 if name not in rounded:
                     rounded.add(name)
                     nodes.append(node_of(_ROUND, [name], f"{name}/bf16"))
-                    proto.value_info.append(
-                        helper.make_tensor_value_info(f"{name}/bf16", TensorProto.BFLOAT16, None)
-                    )
             factors = [f"{name}/bf16" for name in factors]
         if decoding is not None:
             decoding.input[0] = factors[0]
@@ -333,18 +331,21 @@ def replace(proto: Any, is_bf16: bool) -> int:
             graph.infos[product.b].type.tensor_type.elem_type = TensorProto.BFLOAT16
             factors.append(product.b)
         replaced.add(product.output)
-        if product.output not in graph.types:  # which can't be inferred of what torch runs
-            proto.value_info.append(
-                helper.make_tensor_value_info(product.output, TensorProto.FLOAT, None)
-            )
         operator = _operator(product.kind, product.a_t, product.b_t)
         bias = [product.bias] if product.bias else []
         nodes.append(node_of(operator, factors + bias, product.output))
+    declare(proto, (f"{name}/bf16" for name in rounded), TensorProto.BFLOAT16)
+    declare(proto, replaced)
     del proto.node[:]
     proto.node.extend(_without_unused(nodes, graph.outputs))
+    embeddings.add_to_products(proto, _is_product)
     if is_bf16:
         bf16_values.keep(proto, _is_rounding, _can_hand_on)
     return len(replaced)
+
+
+def _is_product(node: Any) -> bool:
+    return operator_name(node).startswith("ort_train::product_")
 
 
 def _is_rounding(node: Any) -> bool:
@@ -353,7 +354,9 @@ def _is_rounding(node: Any) -> bool:
 
 def _can_hand_on(node: Any) -> bool:
     """Whether an operator of the same name with bf16_values.SUFFIX hands on bf16."""
-    return operator_name(node).startswith(("ort_train::product_", "ort_train::batched_product_"))
+    name = operator_name(node)
+    is_loss = name.startswith("ort_train::cross_entropy_") and name.endswith("_grad")
+    return is_loss or name.startswith(("ort_train::product_", "ort_train::batched_product_"))
 
 
 def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
