@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from ort_train.ortmodule import attention_kernels
 from ort_train.ortmodule.nodes import (
+    aten,
     constant,
     dtype_of,
     ints,
@@ -15,6 +20,7 @@ from ort_train.ortmodule.nodes import (
     onnx_type,
     scalar,
     sizes_of,
+    typed,
     unsupported,
 )
 
@@ -39,18 +45,20 @@ def scaled_dot_product_attention(
     torch's are 0. Source of the semantics: `torch.nn.functional.scaled_dot_product_attention`.
     """
     dtype = dtype_of(query)
+    if constant(is_causal, "b", "is_causal") and not is_none(attn_mask):
+        raise unsupported(_NAME, "both attn_mask and is_causal")
     if constant(enable_gqa, "b", "enable_gqa"):
         key, value = (_repeated_heads(g, tensor, query) for tensor in (key, value))
     if is_none(scale):
         scale = _default_scale(g, query, dtype)
     else:
         scale = g.op("Cast", scale, to_i=onnx_type(dtype))
+    if _can_be_one_node(query, attn_mask, dropout_p):
+        return _one_node(g, query, key, value, attn_mask, scale, is_causal)
     rank = _rank(query)
     swapped = [*range(rank - 2), rank - 1, rank - 2]
     scores = g.op("MatMul", g.op("Mul", query, scale), g.op("Transpose", key, perm_i=swapped))
     if constant(is_causal, "b", "is_causal"):
-        if not is_none(attn_mask):
-            raise unsupported(_NAME, "both attn_mask and is_causal")
         attn_mask = _causal_mask(g, query, key)
     has_mask = not is_none(attn_mask)
     if has_mask:
@@ -66,6 +74,48 @@ def scaled_dot_product_attention(
     if has_mask:
         output = g.op("Where", sees_nothing, scalar(g, 0, dtype), output)
     return output
+
+
+_as_one_node: contextvars.ContextVar[bool] = contextvars.ContextVar("as_one_node", default=False)
+
+
+@contextlib.contextmanager
+def export_scope(as_one_node: bool) -> Iterator[None]:
+    """Graphs that are exported within leave attention to torch (attention_kernels.py) where it can.
+
+    Args:
+        as_one_node: False where other passes have to find its products and softmax in the graph.
+    """
+    token = _as_one_node.set(as_one_node)
+    try:
+        yield
+    finally:
+        _as_one_node.reset(token)
+
+
+def _can_be_one_node(query: Any, mask: Any, dropout_p: Any) -> bool:
+    """On a CPU, in fp32, of four axes, without dropout, and without a bias that may be learned."""
+    device = query.type().device()
+    return (
+        _as_one_node.get()
+        and (device is None or device.type == "cpu")
+        and dtype_of(query) is torch.float32
+        and _rank(query) == 4
+        and constant(dropout_p, "f", "dropout_p") == 0
+        and (is_none(mask) or dtype_of(mask) is torch.bool)
+    )
+
+
+def _one_node(
+    g: Any, query: Any, key: Any, value: Any, mask: Any, scale: Any, is_causal: Any
+) -> Any:
+    has_mask = not is_none(mask)
+    causal = scalar(g, constant(is_causal, "b", "is_causal"), torch.bool)
+    inputs = [query, key, value, scale, causal, *([mask] if has_mask else [])]
+    output, kept = aten(g, attention_kernels.OPERATORS[has_mask], *inputs, outputs=2)
+    typed(kept, query, [None] * 4)
+    sizes = sizes_of(query), sizes_of(value)
+    return typed(output, query, [*sizes[0][:3], sizes[1][3]] if all(sizes) else None)
 
 
 def _additive(g: Any, mask: Any, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -104,6 +104,10 @@ _GRADIENTS = (
 )
 
 
+#: What they read they round themselves, and their outputs are of one type.
+_ATTENTION_GRADIENTS = ("ort_train::attention_grad", "ort_train::masked_attention_grad")
+
+
 class _Graph:
     def __init__(self, proto: Any, is_rounding: Callable[[Any], bool]):
         self.proto = proto
@@ -163,7 +167,7 @@ class _Graph:
 
     def takes(self, node: Any, position: int) -> bool:
         """Whether a node that doesn't pass it on reads a value in bf16 as well."""
-        if operator_name(node) in _GRADIENTS or operator_name(node) == "Shape":
+        if operator_name(node) in ("Shape", *_GRADIENTS, *_ATTENTION_GRADIENTS):
             return True
         return self.is_rounding(node) or self.sums_rows(node)
 
@@ -227,6 +231,8 @@ def keep(proto: Any, is_rounding: Callable[[Any], bool], can_hand_on: Callable[[
         passing = graph.passing(node)
         if passing is not None:
             groups.join([*(node.input[i] for i in passing.data), *node.output])
+        elif operator_name(node) in _ATTENTION_GRADIENTS:
+            groups.join(node.output)
     wanted = {groups.of(node.input[0]) for node in proto.node if is_rounding(node)}
     for name in {*graph.producers, *graph.readers}:
         if groups.of(name) in wanted and not _can_be_bf16(graph, name, can_hand_on):

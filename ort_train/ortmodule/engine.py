@@ -17,6 +17,7 @@ import torch
 from ort_train import distributed
 from ort_train.ortmodule import (
     activations,
+    attention,
     cached_graph,
     cuda,
     embeddings,
@@ -241,6 +242,9 @@ class Engine:
                         transformers_compat.export_scope(module),
                         quantized.export_scope(module, options.onnx_opset_version),
                         products.export_scope(options.products, self._precision),
+                        attention.export_scope(
+                            not (_recomputes(options) or options.padding_sparsity)
+                        ),
                     ):
                         outputs = self._ort_module(**named)
                 except Exception as error:

@@ -12,7 +12,7 @@ import functools
 import importlib
 from typing import NamedTuple
 
-from ort_train.ortmodule import graph, operators  # noqa: F401  # the gradients' operators
+from ort_train.ortmodule import attention_kernels, graph, operators  # noqa: F401  # the gradients' operators
 from ort_train.ortmodule.aten import ATEN_DOMAIN
 
 
@@ -23,10 +23,16 @@ class _Gradient(NamedTuple):
         backward: the operators that compute the gradients of the first inputs, one each; all
             take the output's gradient and then the forward's inputs `arguments`.
         arguments: positions of the forward's inputs.
+        results: positions of the forward's outputs, which follow.
+        masks: positions of the forward's inputs that follow those.
+        num_outputs: of a single operator that computes several gradients.
     """
 
     backward: tuple[str, ...]
     arguments: tuple[int, ...]
+    results: tuple[int, ...] = ()
+    masks: tuple[int, ...] = ()
+    num_outputs: int | None = None
 
 
 _GRADIENTS = {
@@ -41,6 +47,16 @@ _GRADIENTS = {
     "ort_train::pack_rows": _Gradient(("ort_train::unpack_rows",), (1, 2)),
     "ort_train::unpack_rows": _Gradient(("ort_train::pack_rows",), (1, 2)),
     "ort_train::index_sum": _Gradient(("index_select",), (1, 2)),
+    **{
+        name: _Gradient(
+            (attention_kernels.GRADIENTS[name],),
+            (0, 1, 2, 3, 4),
+            results=(0, 1),
+            masks=(5,) if has_mask else (),
+            num_outputs=3,
+        )
+        for has_mask, name in attention_kernels.OPERATORS.items()
+    },
 }
 #: Inputs through which no gradient flows.
 _STOPPED = {
@@ -53,6 +69,8 @@ _STOPPED = {
     "ort_train::unsliced_rows": {0, 1, 2, 3},
     "ort_train::index_sum": {2, 3},
     "histc": {0},
+    attention_kernels.OPERATORS[False]: {3, 4},
+    attention_kernels.OPERATORS[True]: {3, 4, 5},
 }
 
 
@@ -65,8 +83,13 @@ def register() -> None:
     for operator, gradient in _GRADIENTS.items():
         node = (
             ("ATen", ATEN_DOMAIN),
-            ["GO(0)", *(f"I({i})" for i in gradient.arguments)],
-            [f"GI({i})" for i in range(len(gradient.backward))],
+            [
+                "GO(0)",
+                *(f"I({i})" for i in gradient.arguments),
+                *(f"O({i})" for i in gradient.results),
+                *(f"I({i})" for i in gradient.masks),
+            ],
+            [f"GI({i})" for i in range(gradient.num_outputs or len(gradient.backward))],
             {"operator": {"value": graph.SEPARATOR.join(gradient.backward), "dtype": "string"}},
         )
         key = f"{ATEN_DOMAIN}::ATen::{operator}::"

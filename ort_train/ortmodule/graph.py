@@ -34,7 +34,8 @@ def declare(graph: Any, names: Iterable[str], dtype: int = 1) -> None:
 
 
 def split_gradients(graph: Any) -> None:
-    """A node for each wanted output of a gradient that names several operators.
+    """A node for each wanted output of a gradient that names several operators; where a single one
+    computes all, names for those that aren't wanted.
 
     `graph` is an onnx.GraphProto, changed in place.
 
@@ -48,6 +49,9 @@ def split_gradients(graph: Any) -> None:
         operator = _attribute(node, "operator") if node.domain == ATEN_DOMAIN else None
         names = operator.s.decode().split(SEPARATOR) if operator is not None else []
         if len(names) < 2:
+            if names:
+                outputs = (o or f"{node.name}/unused_{i}" for i, o in enumerate(node.output))
+                node.output[:] = list(outputs)
             nodes.append(node)
             continue
         for name, output in zip(names, node.output, strict=False):

@@ -20,13 +20,13 @@ import importlib
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import bf16_values, embeddings, memory, onednn
+from ort_train.ortmodule import attention_kernels, bf16_values, embeddings, memory, onednn
 from ort_train.ortmodule.aten import aten_node, direct, operator_name
 from ort_train.ortmodule.graph import declare
 from ort_train.ortmodule.quantized import DECODE
@@ -49,6 +49,11 @@ _WITH_BIAS = {
     "FastGelu": "FastGelu",
     "ort_train::gelu_grad": "ATen",
     "ort_train::gelu_tanh_grad": "ATen",
+}
+#: Attention as one node, and its gradient -> how many of its inputs, the first, are factors.
+_NUM_FACTORS = {
+    **dict.fromkeys(attention_kernels.OPERATORS.values(), 3),
+    **dict.fromkeys(attention_kernels.GRADIENTS.values(), 4),
 }
 #: The gradient of MatMul names the factors so that it has flattened to matrices
 #: (`gradient_builder.cc`, GetMatMulGradient).
@@ -307,8 +312,21 @@ def replace(proto: Any, is_bf16: bool) -> int:
     nodes: list[Any] = []
     rounded: set[str] = set()
     replaced: set[str] = set()
+
+    def round_once(names: Iterable[str]) -> list[str]:
+        for name in dict.fromkeys(names):
+            if name not in rounded:
+                rounded.add(name)
+                nodes.append(node_of(_ROUND, [name], f"{name}/bf16"))
+        return [f"{name}/bf16" for name in names]
+
     for node in proto.node:
         if node.output[0] in replaced:  # a transpose, or the sum with a bias
+            continue
+        if is_bf16 and operator_name(node) in _NUM_FACTORS:
+            num_factors = _NUM_FACTORS[operator_name(node)]
+            node.input[:num_factors] = round_once(node.input[:num_factors])
+            nodes.append(node)
             continue
         product = _product_of(graph, node, is_bf16)
         if product is None:
@@ -320,11 +338,7 @@ def replace(proto: Any, is_bf16: bool) -> int:
             nodes.remove(decoding)
             factors = [product.a]
         if is_bf16:
-            for name in dict.fromkeys(factors):
-                if name not in rounded:
-                    rounded.add(name)
-                    nodes.append(node_of(_ROUND, [name], f"{name}/bf16"))
-            factors = [f"{name}/bf16" for name in factors]
+            factors = round_once(factors)
         if decoding is not None:
             decoding.input[0] = factors[0]
             nodes.append(decoding)
@@ -356,7 +370,8 @@ def _can_hand_on(node: Any) -> bool:
     """Whether an operator of the same name with bf16_values.SUFFIX hands on bf16."""
     name = operator_name(node)
     is_loss = name.startswith("ort_train::cross_entropy_") and name.endswith("_grad")
-    return is_loss or name.startswith(("ort_train::product_", "ort_train::batched_product_"))
+    is_product = name.startswith(("ort_train::product_", "ort_train::batched_product_"))
+    return is_loss or is_product or name in _NUM_FACTORS
 
 
 def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
