@@ -73,10 +73,10 @@ def test_no_zeros_are_made_for_the_logits(wrapped: Any) -> None:
 
 def test_without_a_gradient_of_the_logits_that_of_the_loss_is_not_copied() -> None:
     first = torch.randn(3, 4)
-    assert output_gradients._sum(first, torch.tensor(0.0)) is first
+    assert output_gradients._add(first, torch.tensor(0.0)) is first
     other = torch.randn(3, 4)
     kept = first.clone()
-    found = output_gradients._sum(first, other, torch.tensor(0.0))
+    found = output_gradients._add(first, other, torch.tensor(0.0))
     assert torch.equal(found, kept + other)
     assert torch.equal(first, kept)
 
@@ -94,7 +94,7 @@ def test_the_sum_of_what_torch_computed_is_torchs(wrapped: Any) -> None:
     names = output_gradients._aliases("output-1_grad", users)
     readers = [node for name in names for node in users[name] if node.op_type != "Identity"]
     # A kernel of ONNX Runtime would need another tensor of the logits' size.
-    assert [operator_name(node) for node in readers] == [output_gradients._SUM]
+    assert [operator_name(node) for node in readers] == [output_gradients.ADD]
 
 
 class TwoHeads(torch.nn.Module):

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,7 +53,7 @@ def scaled_dot_product_attention(
         scale = _default_scale(g, query, dtype)
     else:
         scale = g.op("Cast", scale, to_i=onnx_type(dtype))
-    if _can_be_one_node(query, attn_mask, dropout_p):
+    if _is_one_node(query, attn_mask, dropout_p):
         return _one_node(g, query, key, value, attn_mask, scale, is_causal)
     rank = _rank(query)
     swapped = [*range(rank - 2), rank - 1, rank - 2]
@@ -76,46 +76,72 @@ def scaled_dot_product_attention(
     return output
 
 
-_as_one_node: contextvars.ContextVar[bool] = contextvars.ContextVar("as_one_node", default=False)
+class _Export(NamedTuple):
+    """How attention is exported.
+
+    Attributes:
+        is_one_node, is_asked_for: as :func:`export_scope` takes them.
+        kinds: of the masks met so far, which layers share: by name, the value of its kind.
+    """
+
+    is_one_node: bool
+    is_asked_for: bool
+    kinds: dict[str, Any]
+
+
+_export: contextvars.ContextVar[_Export] = contextvars.ContextVar("export")
 
 
 @contextlib.contextmanager
-def export_scope(as_one_node: bool) -> Iterator[None]:
-    """Graphs that are exported within leave attention to torch (attention_kernels.py) where it can.
+def export_scope(is_one_node: bool, is_asked_for: bool) -> Iterator[None]:
+    """How graphs have attention that are exported within.
 
     Args:
-        as_one_node: False where other passes have to find its products and softmax in the graph.
+        is_one_node: torch runs it (attention_kernels.py), where it can.
+        is_asked_for: where it can't, that is an error.
     """
-    token = _as_one_node.set(as_one_node)
+    token = _export.set(_Export(is_one_node, is_asked_for, {}))
     try:
         yield
     finally:
-        _as_one_node.reset(token)
+        _export.reset(token)
 
 
-def _can_be_one_node(query: Any, mask: Any, dropout_p: Any) -> bool:
-    """On a CPU, in fp32, of four axes, without dropout, and without a bias that may be learned."""
-    device = query.type().device()
-    return (
-        _as_one_node.get()
-        and (device is None or device.type == "cpu")
-        and dtype_of(query) is torch.float32
-        and _rank(query) == 4
-        and constant(dropout_p, "f", "dropout_p") == 0
-        and (is_none(mask) or dtype_of(mask) is torch.bool)
-    )
+def _is_one_node(query: Any, mask: Any, dropout_p: Any) -> bool:
+    export = _export.get(_Export(False, False, {}))
+    if not export.is_one_node:
+        return False
+    reasons = {
+        "a type other than fp32": dtype_of(query) is not torch.float32,
+        "other than four axes": _rank(query) != 4,
+        "dropout": constant(dropout_p, "f", "dropout_p") > 0,
+        "a mask that isn't bool": not (is_none(mask) or dtype_of(mask) is torch.bool),
+    }
+    reason = next((name for name, is_met in reasons.items() if is_met), None)
+    if reason is not None and export.is_asked_for:
+        raise unsupported(_NAME, f"{reason}, with attention='torch' (leave it at 'auto')")
+    return reason is None
 
 
 def _one_node(
     g: Any, query: Any, key: Any, value: Any, mask: Any, scale: Any, is_causal: Any
 ) -> Any:
     has_mask = not is_none(mask)
-    causal = scalar(g, constant(is_causal, "b", "is_causal"), torch.bool)
-    inputs = [query, key, value, scale, causal, *([mask] if has_mask else [])]
+    kinds = _export.get().kinds
+    if not has_mask:
+        is_causal = constant(is_causal, "b", "is_causal")
+        kind = scalar(
+            g, attention_kernels.CAUSAL if is_causal else attention_kernels.ALL, torch.int64
+        )
+    elif (kind := kinds.get(mask.debugName())) is None:
+        kind = aten(g, attention_kernels.KIND, mask)
+        kind.setType(scalar(g, 0, torch.int64).type())
+        kinds[mask.debugName()] = kind
+    inputs = [query, key, value, scale, kind, *([mask] if has_mask else [])]
     output, kept = aten(g, attention_kernels.OPERATORS[has_mask], *inputs, outputs=2)
     typed(kept, query, [None] * 4)
-    sizes = sizes_of(query), sizes_of(value)
-    return typed(output, query, [*sizes[0][:3], sizes[1][3]] if all(sizes) else None)
+    sizes, value_sizes = sizes_of(query), sizes_of(value)
+    return typed(output, query, [*sizes[:3], value_sizes[3]] if sizes and value_sizes else None)
 
 
 def _additive(g: Any, mask: Any, dtype: torch.dtype) -> tuple[Any, Any]:

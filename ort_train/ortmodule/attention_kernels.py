@@ -1,15 +1,16 @@
-"""Attention and its gradient as one node each, which torch runs.
+"""Attention and its gradient as one node each, which torch runs: for long sequences.
 
-As nodes of ONNX Runtime's, attention is up to twenty a layer, and holds the softmax of every pair
-of tokens. torch's fused kernel (FlashAttention on CPUs) holds none, and on 512 tokens takes half the
-time. On short sequences it takes more than products and a softmax do, in bf16 at 128 tokens twice as
-much for the gradient, so those are computed here as products and a softmax.
+As nodes of ONNX Runtime's, attention holds the softmax of every pair of tokens, twice. torch's
+fused kernel (FlashAttention on CPUs) holds none, leaves out what a causal mask hides, and is the
+faster from 1024 tokens on, in bf16 from 512. On shorter sequences its gradient is the slower one,
+so attention stays with ONNX Runtime there. A graph that was built for long sequences computes short
+ones by products and a softmax.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
@@ -19,19 +20,33 @@ from ort_train.ortmodule.aten import direct
 #: What the exporter writes, by whether there is a mask.
 OPERATORS = {False: "ort_train::attention", True: "ort_train::masked_attention"}
 GRADIENTS = {name: f"{name}_grad" for name in OPERATORS.values()}
-#: From so many tokens on, torch's fused kernel is the faster.
+#: What a mask shows, which is found out once a step for all layers.
+KIND = "ort_train::mask_kind"
+ALL, CAUSAL, OTHER = range(3)
+#: By precision, from how many tokens on a graph leaves attention to torch.
+_MIN_TOKENS = {"fp32": 1024, "bf16": 512}
+#: From how many tokens on such a graph takes the fused kernel.
 _MIN_FUSED_TOKENS = 256
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _is_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    return (
-        query.shape[-2] >= _MIN_FUSED_TOKENS
-        and key.shape[-2] >= _MIN_FUSED_TOKENS
-        and query.shape[-1] == value.shape[-1]
-    )
+def is_faster(precision: str, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether torch's is the faster attention for a batch, by its longest row of integers."""
+    rows = (t.shape[-1] for t in tensors if t.dim() > 1 and not t.is_floating_point())
+    return max(rows, default=0) >= _MIN_TOKENS[precision]
+
+
+@direct(KIND)
+def mask_kind(mask: torch.Tensor) -> torch.Tensor:
+    """ALL, CAUSAL or OTHER, a number, of a mask (..., queries, keys), bool."""
+    visible = mask.view(torch.bool)
+    if bool(visible.all()):
+        return torch.tensor(ALL)
+    is_square = visible.dim() > 1 and visible.shape[-2] == visible.shape[-1]
+    is_causal = is_square and bool((visible == _lower(*visible.shape[-2:])).all())
+    return torch.tensor(CAUSAL if is_causal else OTHER)
 
 
 def attention(
@@ -39,7 +54,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor,
-    is_causal: torch.Tensor,
+    kind: torch.Tensor,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(query · keyᵀ · scale + mask) · value; 0 for a query that sees no key.
@@ -51,23 +66,25 @@ def attention(
         key: (batch, heads, keys, size)
         value: (batch, heads, keys, value size)
         scale: a number.
-        is_causal: each query sees the keys up to its own position; then there is no mask.
-        mask: bool, broadcast to (batch, heads, queries, keys): what each query sees.
+        kind: ALL, CAUSAL (each query sees the keys up to its own position) or OTHER, a number.
+        mask: for OTHER: what each query sees, bool, broadcast to (batch, heads, queries, keys).
 
     Returns:
-        (batch, heads, queries, value size), and what the gradient needs: the softmax, or from
-        _MIN_FUSED_TOKENS on the logarithm of its denominators (batch, heads, queries, 1).
+        (batch, heads, queries, value size), and what the gradient needs: (batch, heads, queries,
+        keys) the softmax, or (batch, heads, queries, 1) the logarithms of its denominators.
     """
-    factor, causal = float(scale), bool(is_causal)
+    factor, shown = float(scale), _Shown(int(kind), mask)
     if _is_fused(query, key, value):
-        bias = None if mask is None else _bias(mask, query.dtype)
-        output, denominators = _flash(query, key, value, 0.0, causal, attn_mask=bias, scale=factor)
-        return _seen(output, mask), denominators[..., None]
+        output, denominators = _flash(
+            query, key, value, 0.0, shown.is_causal, attn_mask=shown.bias(query), scale=factor
+        )
+        return shown.without_blind(output), denominators[..., None]
     scores = torch.matmul(query, key.mT).float().mul_(factor)
-    visible = _causal(query, key) if causal else mask
-    if visible is not None:
-        scores.masked_fill_(visible.logical_not(), -math.inf)
-    weights = torch._safe_softmax(scores, -1) if visible is not None else scores.softmax(-1)
+    hidden = shown.hidden(query, key)
+    if hidden is None:
+        weights = scores.softmax(-1)
+    else:
+        weights = torch._safe_softmax(scores.masked_fill_(hidden, -math.inf), -1)
     return torch.matmul(weights.to(value.dtype), value), weights
 
 
@@ -77,7 +94,7 @@ def attention_gradient(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor,
-    is_causal: torch.Tensor,
+    kind: torch.Tensor,
     output: torch.Tensor,
     kept: torch.Tensor,
     mask: torch.Tensor | None = None,
@@ -85,32 +102,25 @@ def attention_gradient(
     """Gradients of :func:`attention` with respect to query, key and value.
 
     Args:
-        grad: of the output.
-        query: as they were, like what follows.
-        key: ...
-        value: ...
-        scale: ...
-        is_causal: ...
-        output: what was returned first.
-        kept: what was returned second.
-        mask: as it was.
+        grad: of the output, of its shape.
+        query, key, value, scale, kind, mask: as they were.
+        output, kept: what was returned.
     """
-    factor, causal = float(scale), bool(is_causal)
+    factor, shown = float(scale), _Shown(int(kind), mask)
     if _is_fused(query, key, value):
-        bias = None if mask is None else _bias(mask, query.dtype)
-        gradients: Any = _flash_gradient(
-            _seen(grad, mask).contiguous(),
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _flash_gradient(
+            shown.without_blind(grad),
             query,
             key,
             value,
             output.to(query.dtype),
             kept[..., 0],
             0.0,
-            causal,
-            attn_mask=bias,
+            shown.is_causal,
+            attn_mask=shown.bias(query),
             scale=factor,
         )
-        return tuple(gradients)
+        return gradients
     value_grad = torch.matmul(kept.to(grad.dtype).mT, grad)
     weights_grad = torch.matmul(grad, value.mT).float()
     scores_grad = torch._softmax_backward_data(weights_grad, kept, -1, torch.float32)
@@ -118,17 +128,55 @@ def attention_gradient(
     return torch.matmul(rounded, key), torch.matmul(rounded.mT, query), value_grad
 
 
+class _Shown:
+    """What queries see, in the forms that the kernels want."""
+
+    def __init__(self, kind: int, mask: torch.Tensor | None):
+        self.is_causal = kind == CAUSAL
+        self._mask = mask if kind == OTHER else None
+
+    def hidden(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+        """Where a query sees no key, or None where each sees all."""
+        if self.is_causal:
+            return _lower(query.shape[-2], key.shape[-2]).logical_not()
+        return None if self._mask is None else self._mask.logical_not()
+
+    def bias(self, query: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores: finite, so that a query that sees nothing makes no NaN."""
+        if self._mask is None:
+            return None
+        lowest = torch.finfo(query.dtype).min
+        bias = torch.zeros(self._mask.shape, dtype=query.dtype)
+        return bias.masked_fill_(self._mask.logical_not(), lowest)
+
+    def without_blind(self, tensor: torch.Tensor) -> torch.Tensor:
+        """With 0 for queries that see no key."""
+        if self._mask is None:
+            return tensor
+        sees = self._mask.any(-1, keepdim=True)
+        return tensor if bool(sees.all()) else tensor * sees
+
+
+def _is_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    is_long = min(query.shape[-2], key.shape[-2]) >= _MIN_FUSED_TOKENS
+    return is_long and query.shape[-1] == value.shape[-1]
+
+
+def _lower(num_queries: int, num_keys: int) -> torch.Tensor:
+    return torch.ones(num_queries, num_keys, dtype=torch.bool).tril()
+
+
 def _define(name: str, suffix: str, dtype: torch.dtype) -> None:
     """The operators of this name, which hand on this type."""
 
     @direct(name + suffix)
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output, kept = attention(*inputs[:5], *map(_as_bool, inputs[5:]))
+        output, kept = attention(*inputs[:5], *map(_as_mask, inputs[5:]))
         return output.to(dtype), kept
 
     @direct(GRADIENTS[name] + suffix)
     def run_gradient(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        gradients = attention_gradient(*inputs[:8], *map(_as_bool, inputs[8:]))
+        gradients = attention_gradient(*inputs[:8], *map(_as_mask, inputs[8:]))
         return tuple(gradient.to(dtype) for gradient in gradients)
 
 
@@ -137,25 +185,6 @@ for _name in OPERATORS.values():
     _define(_name, bf16_values.SUFFIX, torch.bfloat16)
 
 
-def _as_bool(mask: torch.Tensor) -> torch.Tensor:
+def _as_mask(mask: torch.Tensor) -> torch.Tensor:
     """ONNX Runtime hands bool over as uint8; torch's kernel wants a mask of two or four axes."""
     return mask.view(torch.bool).reshape(*[1] * (4 - mask.dim()), *mask.shape)
-
-
-def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores: finite, so that a query that sees nothing makes no NaN."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(
-        mask.logical_not(), torch.finfo(dtype).min
-    )
-
-
-def _seen(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """With 0 for queries that see no key."""
-    if mask is None:
-        return tensor
-    sees = mask.any(-1, keepdim=True)
-    return tensor if bool(sees.all()) else tensor * sees
-
-
-def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()

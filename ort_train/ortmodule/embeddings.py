@@ -85,9 +85,9 @@ def add_to_products(graph: Any, is_product: Callable[[Any], bool]) -> None:
     num_readers = Counter(name for node in graph.node for name in node.input)
     nodes: list[Any] = []
     for node in graph.node:
-        parts = {n: producers.get(n) for n in node.input if num_readers[n] == 1}
-        gradients = [n for n, p in parts.items() if p is not None and operator_name(p) == _GRADIENT]
-        totals = [name for name, part in parts.items() if part is not None and is_product(part)]
+        parts = {n: producers[n] for n in node.input if num_readers[n] == 1 and n in producers}
+        gradients = [name for name, part in parts.items() if operator_name(part) == _GRADIENT]
+        totals = [name for name, part in parts.items() if is_product(part)]
         if node.op_type != "Sum" or len(totals) != 1 or {*totals, *gradients} != {*node.input}:
             nodes.append(node)
             continue

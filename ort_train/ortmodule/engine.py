@@ -7,7 +7,7 @@ import importlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ort_train import distributed
 from ort_train.ortmodule import (
     activations,
     attention,
+    attention_kernels,
     cached_graph,
     cuda,
     embeddings,
@@ -243,7 +244,8 @@ class Engine:
                         quantized.export_scope(module, options.onnx_opset_version),
                         products.export_scope(options.products, self._precision),
                         attention.export_scope(
-                            not (_recomputes(options) or options.padding_sparsity)
+                            self._has_attention_by_torch(options, named.values()),
+                            options.attention == "torch",
                         ),
                     ):
                         outputs = self._ort_module(**named)
@@ -311,6 +313,13 @@ class Engine:
         except Exception as error:  # of objects that can't even be looked at; training can go on
             logger.warning("the training graph of %s isn't cached: %r", self._name, error)
         return None
+
+    def _has_attention_by_torch(self, options: OrtOptions, tensors: Iterable[torch.Tensor]) -> bool:
+        """Recomputation and padding's removal have to find attention's products in the graph."""
+        if options.attention != "auto":
+            return options.attention == "torch"
+        is_free = not (_recomputes(options) or options.padding_sparsity)
+        return self._is_on_cpu and is_free and attention_kernels.is_faster(self._precision, tensors)
 
     @contextlib.contextmanager
     def _cached(

@@ -71,6 +71,7 @@ _STOPPED = {
     "histc": {0},
     attention_kernels.OPERATORS[False]: {3, 4},
     attention_kernels.OPERATORS[True]: {3, 4, 5},
+    attention_kernels.KIND: {0},
 }
 
 

@@ -27,6 +27,7 @@ _PATHS = (
 )  # fmt: skip
 _CONV_SEARCHES = ("heuristic", "exhaustive")
 _PRODUCTS = ("auto", "onednn", "onnxruntime")
+_ATTENTIONS = ("auto", "onnxruntime", "torch")
 _FUSIONS = ("none", "triton")
 #: Options that leave tokens out, and the input that says which.
 SPARSITY = {"label_sparsity": "labels", "padding_sparsity": "attention_mask"}
@@ -52,6 +53,10 @@ class OrtOptions:
     #: Whose kernels multiply fp32 matrices on a CPU: oneDNN's (torch's), ONNX Runtime's, or "auto":
     #: oneDNN's where they serve (AVX-512 without AMX).
     products: Literal["auto", "onednn", "onnxruntime"] = "auto"
+    #: Who computes attention on a CPU: ONNX Runtime by products and a softmax, torch by its fused
+    #: kernel, which keeps no softmax, or "auto": torch where the first batch is long
+    #: (attention_kernels.py) and its attention has no dropout and no bias.
+    attention: Literal["auto", "onnxruntime", "torch"] = "auto"
     #: Keep memory from step to step (memory.py): of large gradients, up to 1 GiB, and what is freed
     #: where the allocator is glibc's.
     keep_freed_memory: bool = True
@@ -121,6 +126,7 @@ class OrtOptions:
             ("conv_algo_search", _CONV_SEARCHES),
             ("log_level", _LOG_LEVELS),
             ("products", _PRODUCTS),
+            ("attention", _ATTENTIONS),
             ("fusion", _FUSIONS),
         ):
             if getattr(self, name) not in choices:
@@ -146,6 +152,13 @@ class OrtOptions:
                 yield f"{name}={path!r} is not a file"
             elif path is not None and name == "triton_config":
                 yield from config_problems(path)
+        others = ("recompute" if self.recompute != "none" else "", "padding_sparsity")
+        for name in filter(None, (*others, "recompute_config")):
+            if self.attention == "torch" and getattr(self, name):
+                yield (
+                    f"attention='torch' and {name} exclude each other: it has to find attention's "
+                    "products in the graph; leave attention at 'auto'"
+                )
         if self.recompute_config is not None and self.recompute != "none":
             yield "recompute and recompute_config exclude each other: give one of them"
         for name in (
@@ -179,7 +192,9 @@ class OrtOptions:
     def device_problems(self, device_type: str) -> list[str]:
         """Options that the device at hand can't honour, one line each."""
         if device_type == "cuda":
-            return []
+            if self.attention != "torch":
+                return []
+            return [f"attention='torch' is for CPUs, and the module is on {device_type}"]
         return [
             f"{name}={getattr(self, name)!r} works on CUDA devices only, and the module is on "
             f"{device_type}"
