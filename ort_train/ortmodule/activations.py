@@ -8,8 +8,6 @@ kernels, and its gradients of other activations, are as fast as torch's.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -85,10 +83,3 @@ def replace(graph: Any) -> None:
         graph.node[index].CopyFrom(aten_node(operator, node.input, node.output, node.name))
         written.append(node.output[0])
     declare(graph, written)
-
-
-@functools.cache
-def register() -> None:
-    """With ORTModule, for graphs on the CPU, for the life of the process."""
-    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
-    registry.register_graph_optimizer(devices="cpu", priority=-1)(replace)

@@ -80,7 +80,8 @@ class _Export(NamedTuple):
     """How attention is exported.
 
     Attributes:
-        is_one_node, is_asked_for: as :func:`export_scope` takes them.
+        is_one_node: torch runs it, where it can.
+        is_asked_for: where it can't, that is an error.
         kinds: of the masks met so far, which layers share: by name, the value of its kind.
     """
 
@@ -93,13 +94,16 @@ _export: contextvars.ContextVar[_Export] = contextvars.ContextVar("export")
 
 
 @contextlib.contextmanager
-def export_scope(is_one_node: bool, is_asked_for: bool) -> Iterator[None]:
-    """How graphs have attention that are exported within.
+def export_scope(library: str, is_faster: bool, is_free: bool) -> Iterator[None]:
+    """Graphs that are exported within have attention by this library.
 
     Args:
-        is_one_node: torch runs it (attention_kernels.py), where it can.
-        is_asked_for: where it can't, that is an error.
+        library: "onnxruntime", "torch" (attention_kernels.py), or "auto" for the faster one.
+        is_faster: whether torch's is.
+        is_free: whether "auto" may choose it.
     """
+    is_asked_for = library == "torch"
+    is_one_node = is_asked_for or (library == "auto" and is_faster and is_free)
     token = _export.set(_Export(is_one_node, is_asked_for, {}))
     try:
         yield

@@ -7,16 +7,14 @@ import importlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ort_train import distributed
 from ort_train.ortmodule import (
-    activations,
     attention,
     attention_kernels,
     cached_graph,
@@ -24,12 +22,13 @@ from ort_train.ortmodule import (
     embeddings,
     export_cache,
     gradients,
+    graph_passes,
     leftovers,
-    losses,
     memory,
     output_gradients,
     products,
     quantized,
+    session,
     sparsity,
     symbolics,
     trace_key,
@@ -52,11 +51,6 @@ from ort_train.ortmodule.module_state import ModuleState
 from ort_train.ortmodule.options import OrtOptions
 
 logger = logging.getLogger(__name__)
-
-
-def default_num_threads() -> int:
-    """This rank's share of the cores, or fewer where torch was told to use fewer."""
-    return min(torch.get_num_threads(), distributed.cores_per_rank())
 
 
 # ORTModule's own wrapper and ours (`GraphModule.module`) stand before a buffer's name.
@@ -232,9 +226,7 @@ class Engine:
                 symbolics.register(options.onnx_opset_version)
                 gradients.register()
                 embeddings.register()
-                losses.register()
-                activations.register()
-                output_gradients.register()
+                graph_passes.register()
                 self._seed()
                 try:
                     with (
@@ -244,8 +236,11 @@ class Engine:
                         quantized.export_scope(module, options.onnx_opset_version),
                         products.export_scope(options.products, self._precision),
                         attention.export_scope(
-                            self._has_attention_by_torch(options, named.values()),
-                            options.attention == "torch",
+                            options.attention,
+                            is_faster=self._is_on_cpu
+                            and attention_kernels.is_faster(self._precision, named.values()),
+                            # They have to find attention's products in the graph.
+                            is_free=not (_recomputes(options) or options.padding_sparsity),
                         ),
                     ):
                         outputs = self._ort_module(**named)
@@ -313,13 +308,6 @@ class Engine:
         except Exception as error:  # of objects that can't even be looked at; training can go on
             logger.warning("the training graph of %s isn't cached: %r", self._name, error)
         return None
-
-    def _has_attention_by_torch(self, options: OrtOptions, tensors: Iterable[torch.Tensor]) -> bool:
-        """Recomputation and padding's removal have to find attention's products in the graph."""
-        if options.attention != "auto":
-            return options.attention == "torch"
-        is_free = not (_recomputes(options) or options.padding_sparsity)
-        return self._is_on_cpu and is_free and attention_kernels.is_faster(self._precision, tensors)
 
     @contextlib.contextmanager
     def _cached(
@@ -398,19 +386,9 @@ class Engine:
         manager = ort_module._torch_module._execution_manager(True)
         session_config = manager._get_session_config
 
-        def with_threads() -> Any:
+        def with_our_settings() -> Any:
             session_options, *rest = session_config()
-            num_threads = options.num_threads or default_num_threads()
-            session_options.intra_op_num_threads = num_threads
-            # Upstream passes its own scale, whose "fatal" is beyond ONNX Runtime's
-            # (`_graph_execution_manager.py`, `_get_session_config`).
-            session_options.log_severity_level = min(session_options.log_severity_level, 4)
-            session_options.add_session_config_entry(
-                "session.intra_op.allow_spinning", str(int(options.allow_spinning))
-            )
-            if options.profile_prefix is not None:
-                session_options.enable_profiling = True
-                session_options.profile_file_prefix = str(options.profile_prefix)
+            session.configure(session_options, options)
             return (session_options, *rest)
 
         if not (_recomputes(options) or options.log_level in ("verbose", "info")):
@@ -430,7 +408,7 @@ class Engine:
             create_session()
             leftovers.release(manager)
 
-        manager._get_session_config = with_threads
+        manager._get_session_config = with_our_settings
         manager._build_graph = with_scalars
         manager._create_execution_agent = without_leftovers
         return ort_module

@@ -98,4 +98,3 @@ def register() -> None:
     for operator, inputs in _STOPPED.items():
         key = f"{ATEN_DOMAIN}::ATen::{operator}::"
         native.register_custom_stop_gradient_edges(key, inputs)
-    graph.register()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,10 +62,3 @@ def split_gradients(graph: Any) -> None:
                 nodes.append(part)
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-@functools.cache
-def register() -> None:
-    """Have ORTModule apply it by its own hook, for the life of the process."""
-    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
-    registry.register_graph_optimizer()(split_gradients)

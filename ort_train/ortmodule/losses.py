@@ -5,8 +5,6 @@ ONNX Runtime's (`SoftmaxCrossEntropyLossInternal` and its gradient) runs on one 
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -117,10 +115,3 @@ def replace(graph: Any) -> None:
         name = f"ort_train::cross_entropy_{_reduction_of(node).decode()}{suffix}"
         inputs = inputs if inputs[-1] else inputs[:-1]
         graph.node[index].CopyFrom(aten_node(name, inputs, node.output, node.name))
-
-
-@functools.cache
-def register() -> None:
-    """With ORTModule, for graphs on the CPU, for the life of the process."""
-    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
-    registry.register_graph_optimizer(devices="cpu", priority=-1)(replace)

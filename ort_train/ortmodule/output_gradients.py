@@ -11,8 +11,6 @@ entropy is. That sum is torch's, too, and returns its first operand where all ot
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -95,13 +93,6 @@ def _path_from_torch(
             return []
         name = node.input[0]
     return []
-
-
-@functools.cache
-def register() -> None:
-    """With ORTModule, for graphs on the CPU, for the life of the process; after the losses."""
-    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
-    registry.register_graph_optimizer(devices="cpu", priority=-1)(replace)
 
 
 def accept_scalars(manager: Any) -> None:

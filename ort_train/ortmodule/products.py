@@ -23,24 +23,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
-
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import attention_kernels, bf16_values, embeddings, memory, onednn
-from ort_train.ortmodule.aten import aten_node, direct, operator_name
+from ort_train.ortmodule import (
+    attention_kernels,
+    bf16_values,
+    embeddings,
+    onednn,
+    product_kernels,
+)
+from ort_train.ortmodule.aten import aten_node, operator_name
 from ort_train.ortmodule.graph import declare
 from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
 
-_ROUND = "ort_train::to_bf16"
 #: Below this many entries, ONNX Runtime multiplies by an fp32 matrix as fast (512 x 512).
 _MIN_ENTRIES = 512 * 512
 #: In bf16, a matrix with a side below this makes a product that costs less than its rounding.
 _MIN_SIDE = 32
-#: A product in bf16 is computed and widened in parts of so many entries, but so many rows at least,
-#: which stay in the cache in between.
-_ROUNDED_ENTRIES, _ROUNDED_ROWS = 2**20, 512
 #: Taken for a side whose size isn't known.
 _UNKNOWN = 512
 #: Activations of input and bias, and their gradients -> what they are without a bias.
@@ -58,89 +58,6 @@ _NUM_FACTORS = {
 #: The gradient of MatMul names the factors so that it has flattened to matrices
 #: (`gradient_builder.cc`, GetMatMulGradient).
 _FLATTENED = "_reshape_2d"
-
-
-# --- What torch runs
-
-
-@direct(_ROUND)
-def _to_bf16(tensor: torch.Tensor) -> torch.Tensor:
-    return memory.empty(*tensor.shape, dtype=torch.bfloat16).copy_(tensor)
-
-
-def _flattened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-def _product(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, a_t: bool, b_t: bool
-) -> torch.Tensor:
-    """a · b + bias of matrices, each transposed first where its flag says so, in fp32.
-
-    Leading axes of `a` are flattened into its rows, and of `b` where both are flattened; the
-    product has those of an untransposed `a`.
-    """
-    left, right = _flattened(a), _flattened(b)
-    left, right = left.t() if a_t else left, right.t() if b_t else right
-    rows, columns = left.shape[0], right.shape[1]
-    result = memory.empty(rows, columns, dtype=torch.float32)
-    if a.dtype == torch.float32:
-        onednn.product(left, right, bias, out=result)
-    else:
-        step = max(_ROUNDED_ENTRIES // max(columns, 1), _ROUNDED_ROWS)
-        rounded = memory.empty(min(step, rows), columns, dtype=torch.bfloat16)
-        for first in range(0, rows, step):
-            part = slice(first, min(first + step, rows))
-            result[part] = torch.mm(left[part], right, out=rounded[: part.stop - first])
-        if bias is not None:
-            result += bias
-    return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
-
-
-def _product_in_bf16(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, a_t: bool, b_t: bool
-) -> torch.Tensor:
-    """The same of factors in bf16, handed on in bf16; the bias is rounded, as under autocast."""
-    left, right = _flattened(a), _flattened(b)
-    left, right = left.t() if a_t else left, right.t() if b_t else right
-    result = memory.empty(left.shape[0], right.shape[1], dtype=torch.bfloat16)
-    if bias is None:
-        torch.mm(left, right, out=result)
-    else:
-        torch.addmm(bias.bfloat16(), left, right, out=result)
-    return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
-
-
-def _batched_product(a: torch.Tensor, b: torch.Tensor, *, a_t: bool, b_t: bool) -> torch.Tensor:
-    """Products of the last two axes, broadcast over the others, in fp32."""
-    rounded = _batched_product_in_bf16(a, b, a_t=a_t, b_t=b_t)
-    return memory.empty(*rounded.shape, dtype=torch.float32).copy_(rounded)
-
-
-def _batched_product_in_bf16(
-    a: torch.Tensor, b: torch.Tensor, *, a_t: bool, b_t: bool
-) -> torch.Tensor:
-    left, right = a.mT if a_t else a, b.mT if b_t else b
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    rounded = memory.empty(*batch, left.shape[-2], right.shape[-1], dtype=torch.bfloat16)
-    return torch.matmul(left, right, out=rounded)
-
-
-def _operator(kind: str, a_t: bool, b_t: bool) -> str:
-    return f"ort_train::{kind}_{'t' if a_t else 'n'}{'t' if b_t else 'n'}"
-
-
-for _a_t, _b_t in itertools.product((False, True), repeat=2):
-    for _name, _function in (
-        (_operator("product", _a_t, _b_t), _product),
-        (_operator("product", _a_t, _b_t) + bf16_values.SUFFIX, _product_in_bf16),
-        (_operator("batched_product", _a_t, _b_t), _batched_product),
-        (_operator("batched_product", _a_t, _b_t) + bf16_values.SUFFIX, _batched_product_in_bf16),
-    ):
-        direct(_name)(functools.partial(_function, a_t=_a_t, b_t=_b_t))
-
-
-# --- The graph
 
 
 class _Product(NamedTuple):
@@ -317,7 +234,7 @@ def replace(proto: Any, is_bf16: bool) -> int:
         for name in dict.fromkeys(names):
             if name not in rounded:
                 rounded.add(name)
-                nodes.append(node_of(_ROUND, [name], f"{name}/bf16"))
+                nodes.append(node_of(product_kernels.ROUND, [name], f"{name}/bf16"))
         return [f"{name}/bf16" for name in names]
 
     for node in proto.node:
@@ -345,7 +262,7 @@ def replace(proto: Any, is_bf16: bool) -> int:
             graph.infos[product.b].type.tensor_type.elem_type = TensorProto.BFLOAT16
             factors.append(product.b)
         replaced.add(product.output)
-        operator = _operator(product.kind, product.a_t, product.b_t)
+        operator = product_kernels.operator(product.kind, product.a_t, product.b_t)
         bias = [product.bias] if product.bias else []
         nodes.append(node_of(operator, factors + bias, product.output))
     declare(proto, (f"{name}/bf16" for name in rounded), TensorProto.BFLOAT16)
@@ -363,7 +280,7 @@ def _is_product(node: Any) -> bool:
 
 
 def _is_rounding(node: Any) -> bool:
-    return operator_name(node) == _ROUND
+    return operator_name(node) == product_kernels.ROUND
 
 
 def _can_hand_on(node: Any) -> bool:
