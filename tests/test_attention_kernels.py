@@ -160,6 +160,20 @@ def test_a_model_in_bf16_is_as_exact_as_autocast(
     assert "ort_train::masked_attention_in_bf16" in operators(ours)
 
 
+def test_ignored_labels_are_left_out_behind_it(tiny_llama: Callable[..., Any]) -> None:
+    eager = tiny_llama().train()
+    options = OrtOptions(attention="torch", label_sparsity=True)
+    model = wrap(copy.deepcopy(eager), "ort", options=options)
+    for batch in batches(24):
+        batch["labels"][:, ::2] = -100
+        exact = gradients(eager, **batch)
+        for found, wanted in zip(gradients(model, **batch), exact, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)  # another order
+    (engine,) = taken_over(model).runner._original.engines.values()
+    assert engine.savings.flops_per_ignored_label > 0
+    assert "ort_train::masked_attention" in operators(model)
+
+
 def test_auto_leaves_short_batches_to_onnxruntime(
     tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
