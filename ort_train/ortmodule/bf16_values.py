@@ -102,9 +102,7 @@ _GRADIENTS = (
     "ort_train::gelu_tanh_grad",
     "ort_train::sum_of_gradients",
 )
-
-
-#: What they read they round themselves, and their outputs are of one type.
+#: What they read may be of either type, and their outputs are of one.
 _ATTENTION_GRADIENTS = ("ort_train::attention_grad", "ort_train::masked_attention_grad")
 
 
@@ -165,7 +163,7 @@ class _Graph:
             return None
         return _Passing((0, 1), "ort_train::mul")
 
-    def takes(self, node: Any, position: int) -> bool:
+    def takes(self, node: Any) -> bool:
         """Whether a node that doesn't pass it on reads a value in bf16 as well."""
         if operator_name(node) in ("Shape", *_GRADIENTS, *_ATTENTION_GRADIENTS):
             return True
@@ -176,7 +174,7 @@ class _Graph:
         if node.op_type != "ReduceSum" or len(node.input) < 2 or _int(node, "keepdims", 1):
             return False
         sizes, axes = self.sizes(node.input[0]), self.initializers.get(node.input[1])
-        if sizes is None or axes is None:
+        if sizes is None or len(sizes) < 2 or axes is None:
             return False
         from onnx import numpy_helper
 
@@ -250,7 +248,7 @@ def _can_be_bf16(graph: _Graph, name: str, can_hand_on: Callable[[Any], bool]) -
     for node, position in graph.readers.get(name, ()):
         passing = graph.passing(node)
         is_passed = passing is not None and position in passing.data
-        if not is_passed and not graph.takes(node, position):
+        if not is_passed and not graph.takes(node):
             return False
     return True
 
