@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from trained_graphs import operators
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import ConfigError, UnsupportedModelError
 from ort_train.forward import taken_over
 from ort_train.ortmodule import attention_kernels, onednn
-from ort_train.ortmodule.aten import operator_name
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -95,12 +95,6 @@ def test_long_batches_are_found() -> None:
     assert attention_kernels.is_faster("bf16", [ids, scores])
     assert attention_kernels.is_faster("fp32", [torch.zeros(1, 1024, dtype=torch.long)])
     assert not attention_kernels.is_faster("bf16", [torch.zeros(4096, dtype=torch.long)])
-
-
-def operators(module: torch.nn.Module) -> list[str]:
-    (engine,) = taken_over(module).runner._original.engines.values()
-    graph = engine._training_manager._onnx_models.optimized_model.graph
-    return [operator_name(node) for node in graph.node]
 
 
 def gradients(model: torch.nn.Module, **batch: Any) -> list[torch.Tensor]:

@@ -15,9 +15,9 @@ import architectures
 import pytest
 import torch
 from torch.nn import functional as F
+from trained_graphs import graph_of, operators
 
 from ort_train import OrtOptions, wrap
-from ort_train.forward import taken_over
 from ort_train.ortmodule import bf16_values, onednn, products
 from ort_train.ortmodule.aten import operator_name
 
@@ -36,11 +36,6 @@ def every_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(module: torch.nn.Module) -> Any:
     # Not from disk: these tests change how graphs are made.
     return wrap(module, "ort", precision="bf16", options=OrtOptions(export_cache=False))
-
-
-def graph_of(module: torch.nn.Module) -> Any:
-    (engine,) = taken_over(module).runner._original.engines.values()
-    return engine._training_manager._onnx_models.optimized_model.graph
 
 
 def rounded_sources(module: torch.nn.Module) -> set[str]:
@@ -87,7 +82,7 @@ def test_no_product_is_rounded_that_only_products_read(model_type: str) -> None:
     sources = rounded_sources(model)
     assert not any("product" in name or "relu" in name for name in sources), sources
     assert "ort_train::cross_entropy_mean_grad" not in sources
-    names = [operator_name(node) for node in graph_of(model).node]
+    names = operators(model)
     assert any(name.endswith(bf16_values.SUFFIX) for name in names)
 
 
@@ -153,7 +148,7 @@ def test_biases_and_activations_as_eager(
         for name, model in (("ours", ours), ("autocast", autocast)):
             for p, q in zip(model.parameters(), exact.parameters(), strict=True):
                 errors[name] += float((p.grad - q.grad).square().sum())
-    names = [operator_name(node) for node in graph_of(ours).node]
+    names = operators(ours)
     assert "Add" not in names  # the products add the biases
     if precision == "fp32":
         norm = sum(float(q.grad.square().sum()) for q in exact.parameters())

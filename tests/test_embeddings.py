@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from trained_graphs import operators
 
 from ort_train import OrtOptions, wrap
-from ort_train.forward import taken_over
 from ort_train.ortmodule import products
-from ort_train.ortmodule.aten import operator_name
 
 SIZE, WIDTH = 40, 24
 
@@ -31,12 +30,6 @@ class Tied(torch.nn.Module):
         hidden = self.mix(self.embedding(ids)) * self.embedding(ids.flip(-1))
         logits = hidden @ self.embedding.weight.t()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def operators(module: torch.nn.Module) -> list[str]:
-    (engine,) = taken_over(module).runner._original.engines.values()
-    graph = engine._training_manager._onnx_models.optimized_model.graph
-    return [operator_name(node) for node in graph.node]
 
 
 @pytest.mark.parametrize(

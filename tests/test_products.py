@@ -14,11 +14,11 @@ import architectures
 import pytest
 import torch
 from torch.nn import functional as F
+from trained_graphs import graph_of, operators
 from transformers.pytorch_utils import Conv1D
 
 from ort_train import OrtOptions, decision, trial, wrap
 from ort_train.errors import BackendUnavailableError
-from ort_train.forward import taken_over
 from ort_train.ortmodule import onednn, products
 
 needs_onednn = pytest.mark.skipif(
@@ -34,16 +34,6 @@ def every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices, too, go to oneDNN."""
     monkeypatch.setattr(products, "_MIN_ENTRIES", 1)
     monkeypatch.setattr(products, "_MIN_SIDE", 1)
-
-
-def operators(module: torch.nn.Module) -> list[str]:
-    """Of the training graph: its operators, those that torch runs by their name."""
-    (engine,) = taken_over(module).runner._original.engines.values()
-    graph = engine._training_manager._onnx_models.optimized_model.graph
-    return [
-        next((a.s.decode() for a in node.attribute if a.name == "operator"), node.op_type)
-        for node in graph.node
-    ]
 
 
 class Layers(torch.nn.Module):
@@ -219,8 +209,7 @@ def test_factors_are_rounded_once(every_product: None):
 
 def rounded(module: torch.nn.Module) -> list[str]:
     """Names of what is rounded to bf16, in the order of execution."""
-    (engine,) = taken_over(module).runner._original.engines.values()
-    graph = engine._training_manager._onnx_models.optimized_model.graph
+    graph = graph_of(module)
     return [
         node.input[0]
         for node in graph.node

@@ -25,6 +25,19 @@ def _flattened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def _factors(
+    a: torch.Tensor, b: torch.Tensor, a_t: bool, b_t: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the matrices that are multiplied."""
+    left, right = _flattened(a), _flattened(b)
+    return left.t() if a_t else left, right.t() if b_t else right
+
+
+def _unflattened(result: torch.Tensor, a: torch.Tensor, a_t: bool) -> torch.Tensor:
+    """With the leading axes of an untransposed left factor."""
+    return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
+
+
 def _product(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, a_t: bool, b_t: bool
 ) -> torch.Tensor:
@@ -33,8 +46,7 @@ def _product(
     Leading axes of `a` are flattened into its rows, and of `b` where both are flattened; the
     product has those of an untransposed `a`.
     """
-    left, right = _flattened(a), _flattened(b)
-    left, right = left.t() if a_t else left, right.t() if b_t else right
+    left, right = _factors(a, b, a_t, b_t)
     rows, columns = left.shape[0], right.shape[1]
     result = memory.empty(rows, columns, dtype=torch.float32)
     if a.dtype == torch.float32:
@@ -47,21 +59,20 @@ def _product(
             result[part] = torch.mm(left[part], right, out=rounded[: part.stop - first])
         if bias is not None:
             result += bias
-    return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
+    return _unflattened(result, a, a_t)
 
 
 def _product_in_bf16(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, *, a_t: bool, b_t: bool
 ) -> torch.Tensor:
     """The same of factors in bf16, handed on in bf16; the bias is rounded, as under autocast."""
-    left, right = _flattened(a), _flattened(b)
-    left, right = left.t() if a_t else left, right.t() if b_t else right
+    left, right = _factors(a, b, a_t, b_t)
     result = memory.empty(left.shape[0], right.shape[1], dtype=torch.bfloat16)
     if bias is None:
         torch.mm(left, right, out=result)
     else:
         torch.addmm(bias.bfloat16(), left, right, out=result)
-    return result if a_t or a.dim() == 2 else result.view(*a.shape[:-1], result.shape[1])
+    return _unflattened(result, a, a_t)
 
 
 def _batched_product(a: torch.Tensor, b: torch.Tensor, *, a_t: bool, b_t: bool) -> torch.Tensor:
