@@ -19,6 +19,7 @@ _HOMES = {
     "ORTSeq2SeqTrainingArguments": "ort_train.training_args",
     "ORTOptimizerNames": "ort_train.training_args",
     "OrtOptions": "ort_train.ortmodule.options",
+    "accumulating": "ort_train.backends",
     "wrap": "ort_train.backends",
     "unwrap": "ort_train.backends",
     "decision": "ort_train.backends",
@@ -34,6 +35,7 @@ __all__ = [
     "ORTTrainingArguments",
     "OrtOptions",
     "__version__",
+    "accumulating",
     "available",
     "decision",
     "unwrap",
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from ort_train.backends import available, decision, unwrap, wrap
+    from ort_train.backends import accumulating, available, decision, unwrap, wrap
     from ort_train.distillation import DistillationTrainer
     from ort_train.ortmodule.options import OrtOptions
     from ort_train.trainer import ORTSeq2SeqTrainer, ORTTrainer

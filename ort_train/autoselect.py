@@ -56,6 +56,11 @@ class AutoRunner:
         return getattr(self._chosen, "savings", None)
 
     @property
+    def rounded_weights(self) -> Any:
+        """Of backend ort in bf16, if that is what was chosen."""
+        return getattr(self._chosen, "rounded_weights", None)
+
+    @property
     def graph_from_cache(self) -> bool | None:
         """Of the chosen backend, in the trial."""
         return getattr(self._chosen, "graph_from_cache", None)

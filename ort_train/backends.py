@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from ort_train.forward import TrainingForward, give_back, take_over, taken_over
 
 if TYPE_CHECKING:
     from ort_train.ortmodule import OrtOptions
+    from ort_train.ortmodule.rounded_weights import RoundedWeights
     from ort_train.ortmodule.sparsity import Savings
     from ort_train.trial import Decision
 
@@ -103,6 +105,11 @@ class _EagerRunner:
     def savings(self) -> Savings | None:
         """What backend ort leaves out of a batch; None for eager."""
         return getattr(self._original, "savings", None)
+
+    @property
+    def rounded_weights(self) -> RoundedWeights | None:
+        """Of backend ort in bf16: copies of weights that its steps share."""
+        return getattr(self._original, "rounded_weights", None)
 
     @property
     def graph_from_cache(self) -> bool | None:
@@ -231,6 +238,40 @@ def wrap(
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """Undo :func:`wrap`: the module's own forward is back. Returns the same object."""
     return give_back(module)
+
+
+@contextlib.contextmanager
+def accumulating(module: torch.nn.Module) -> Iterator[None]:
+    """The weights of a wrapped module stay as they are within: the micro-batches of one step.
+
+    Backend "ort" in bf16 on a CPU then rounds each weight once, and not at every micro-batch
+    (OrtOptions.keep_rounded_weights); to others it makes no difference. ORTTrainer does it by
+    itself.
+
+    Args:
+        module: as given to :func:`wrap`.
+
+    Raises:
+        ConfigError: where the module isn't wrapped.
+    """
+    stand_in = taken_over(module)
+    if stand_in is None:
+        raise ConfigError(
+            f"{type(module).__name__} isn't wrapped: accumulating takes the module that was given "
+            "to ort_train.wrap, not DDP or DeepSpeed around it"
+        )
+    keep_trained_weights(stand_in, True)
+    try:
+        yield
+    finally:
+        keep_trained_weights(stand_in, False)
+
+
+def keep_trained_weights(stand_in: TrainingForward, is_kept: bool) -> None:
+    """As :func:`accumulating` from now on, or no longer."""
+    kept: RoundedWeights | None = getattr(stand_in.runner, "rounded_weights", None)
+    if kept is not None:
+        kept.keep_trained(is_kept)
 
 
 def decision(module: torch.nn.Module) -> Decision | None:

@@ -21,7 +21,13 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
 from ort_train import batches, checkpoints, distributed, fingerprint
-from ort_train.backends import decision_of, graph_from_cache, runner_factory, savings
+from ort_train.backends import (
+    decision_of,
+    graph_from_cache,
+    keep_trained_weights,
+    runner_factory,
+    savings,
+)
 from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
 from ort_train.metrics import SparsityMeter, SpeedCallback
@@ -206,7 +212,12 @@ class ORTTrainer(Trainer):
         if self.state.global_step != self._step_seen:
             self._micro_batch_of_step, self._step_seen = 0, self.state.global_step
         self._micro_batch_of_step += 1
+        stand_in = self._stand_in if self.args.gradient_accumulation_steps > 1 else None
+        if stand_in is not None:
+            keep_trained_weights(stand_in, True)
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if stand_in is not None and self.accelerator.sync_gradients:
+            keep_trained_weights(stand_in, False)
         self._count_savings(inputs)
         # fp16 overflows now and then, and its gradient scaler skips such steps.
         arguments: Any = self.args

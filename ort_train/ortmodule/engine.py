@@ -234,7 +234,9 @@ class Engine:
                         buffers_kept(module),
                         transformers_compat.export_scope(module),
                         quantized.export_scope(module, options.onnx_opset_version),
-                        products.export_scope(options.products, self._precision),
+                        products.export_scope(
+                            options.products, self._precision, options.keep_rounded_weights
+                        ),
                         attention.export_scope(
                             options.attention,
                             is_faster=self._is_on_cpu

@@ -26,6 +26,7 @@ from ort_train.ortmodule.deferred import deferred
 from ort_train.ortmodule.engine import Engine
 from ort_train.ortmodule.module_state import StateReader, forward_hooks
 from ort_train.ortmodule.options import OrtOptions
+from ort_train.ortmodule.rounded_weights import RoundedWeights
 from ort_train.ortmodule.sparsity import Savings
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,10 @@ class OrtForward:
         self.original = original
         self.engines: dict[Any, Engine] = {}
         self._read_state = StateReader(module)
+        #: Copies of weights that steps share; None where none are kept.
+        self.rounded_weights: RoundedWeights | None = None
+        if precision == "bf16" and options.keep_rounded_weights:
+            self.rounded_weights = RoundedWeights()
         #: Whether the first call took its graph from the cache; None before it.
         self.graph_from_cache: bool | None = None
         self._num_stale = 0
@@ -134,6 +139,8 @@ class OrtForward:
         compute_logits = self._logits_of_call(
             args, kwargs, schema, tensors, state.parameters, engine
         )
+        if self.rounded_weights is not None:
+            self.rounded_weights.confirm(state.parameters)
         try:
             result = engine(tensors, state, compute_logits)
         except BaseException:

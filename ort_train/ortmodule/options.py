@@ -60,6 +60,11 @@ class OrtOptions:
     #: Keep memory from step to step (memory.py): of large gradients, up to 1 GiB, and what is freed
     #: where the allocator is glibc's.
     keep_freed_memory: bool = True
+    #: In bf16 on a CPU, round frozen weights once and keep the copies, half their size, from step
+    #: to step, and those of trained weights within `accumulating`. Before each step a weight's
+    #: address, its version and an entry of each row are compared (rounded_weights.py): what a loop
+    #: writes to single entries through `.data`, which torch doesn't count, can be missed.
+    keep_rounded_weights: bool = True
     #: Graph-level reduction of FLOPs (shrinking operators are moved up).
     compute_optimizer: bool = True
     #: Tokens whose label is ignored (-100) cost nothing in head and loss, in any batch

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from ort_train.ortmodule import bf16_values, memory, onednn
+from ort_train.ortmodule import bf16_values, memory, onednn, rounded_weights
 from ort_train.ortmodule.aten import direct
 
 ROUND = "ort_train::to_bf16"
@@ -16,9 +16,7 @@ ROUND = "ort_train::to_bf16"
 _ROUNDED_ENTRIES, _ROUNDED_ROWS = 2**20, 512
 
 
-@direct(ROUND)
-def _to_bf16(tensor: torch.Tensor) -> torch.Tensor:
-    return memory.empty(*tensor.shape, dtype=torch.bfloat16).copy_(tensor)
+direct(ROUND)(rounded_weights.of)
 
 
 def _flattened(tensor: torch.Tensor) -> torch.Tensor:
@@ -28,7 +26,9 @@ def _flattened(tensor: torch.Tensor) -> torch.Tensor:
 def _factors(
     a: torch.Tensor, b: torch.Tensor, a_t: bool, b_t: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the matrices that are multiplied."""
+    """As the matrices that are multiplied, of one type: a frozen weight comes as it is."""
+    if a.dtype != b.dtype:
+        b = rounded_weights.of(b)
     left, right = _flattened(a), _flattened(b)
     return left.t() if a_t else left, right.t() if b_t else right
 

@@ -5,8 +5,9 @@ gradient graph stands, products, forward and backward, become nodes that torch r
 fp32 those with a large matrix, in bf16 all of them, as autocast would choose.
 
 In bf16 a factor is rounded by a node of its own, so that what several products share (a weight and
-an activation in forward and backward, a gradient of both) is rounded once a step. A 4-bit weight
-(quantized.py) is decoded to bf16 at once. Products are summed in fp32 by oneDNN, rounded to
+an activation in forward and backward, a gradient of both) is rounded once a step. A frozen weight
+is rounded once and for all (rounded_weights.py), and a 4-bit one (quantized.py) decoded to bf16 at
+once. Products are summed in fp32 by oneDNN, rounded to
 bf16 as autocast's are, and handed on in fp32, or as they are where only products read them
 (bf16_values.py).
 """
@@ -58,6 +59,8 @@ _NUM_FACTORS = {
 #: The gradient of MatMul names the factors so that it has flattened to matrices
 #: (`gradient_builder.cc`, GetMatMulGradient).
 _FLATTENED = "_reshape_2d"
+#: Before the name of a module's parameter.
+_PARAMETER = "_original_module."
 
 
 class _Product(NamedTuple):
@@ -209,12 +212,20 @@ def _gemm(graph: _Graph, product: _Product, is_bf16: bool) -> _Product | None:
     return product
 
 
-def replace(proto: Any, is_bf16: bool) -> int:
+def _frozen(proto: Any) -> set[str]:
+    """The module's parameters that get no gradient."""
+    outputs = {info.name for info in proto.output}
+    parameters = (info.name for info in proto.input if info.name.startswith(_PARAMETER))
+    return {name for name in parameters if f"{name}_grad" not in outputs}
+
+
+def replace(proto: Any, is_bf16: bool, keep_rounded: bool = False) -> int:
     """Give the graph's products to torch.
 
     Args:
         proto: onnx.GraphProto of forward and backward, changed in place.
         is_bf16: multiply in bf16.
+        keep_rounded: leave frozen weights to be rounded once and for all.
 
     Returns:
         how many were replaced
@@ -228,6 +239,7 @@ def replace(proto: Any, is_bf16: bool) -> int:
     graph = _Graph(proto)
     nodes: list[Any] = []
     rounded: set[str] = set()
+    kept = _frozen(proto) if keep_rounded else set()
     replaced: set[str] = set()
 
     def round_once(names: Iterable[str]) -> list[str]:
@@ -255,7 +267,8 @@ def replace(proto: Any, is_bf16: bool) -> int:
             nodes.remove(decoding)
             factors = [product.a]
         if is_bf16:
-            factors = round_once(factors)
+            num_rounded = 1 if product.b in kept else len(factors)
+            factors[:num_rounded] = round_once(factors[:num_rounded])
         if decoding is not None:
             decoding.input[0] = factors[0]
             nodes.append(decoding)
@@ -303,13 +316,15 @@ def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
 
 # --- The export
 
-_precision: contextvars.ContextVar[str | None] = contextvars.ContextVar("precision", default=None)
+_settings: contextvars.ContextVar[tuple[str, bool] | None]
+_settings = contextvars.ContextVar("settings", default=None)
 
 
 def _replace_where_wanted(proto: Any) -> None:
-    precision = _precision.get()
-    if precision is not None:
-        num_products = replace(proto, precision == "bf16")
+    settings = _settings.get()
+    if settings is not None:
+        precision, keep_rounded = settings
+        num_products = replace(proto, precision == "bf16", keep_rounded)
         logger.info("%d matrix products by oneDNN in %s", num_products, precision)
 
 
@@ -321,12 +336,13 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def export_scope(library: str, precision: str) -> Iterator[None]:
+def export_scope(library: str, precision: str, keep_rounded: bool) -> Iterator[None]:
     """Graphs that are built within for a CPU leave their matrix products to a library.
 
     Args:
         library: "onednn", "onnxruntime", or "auto" for oneDNN where it can.
         precision: "fp32" or "bf16".
+        keep_rounded: in bf16, leave frozen weights to be rounded once and for all.
 
     Raises:
         BackendUnavailableError: where oneDNN is asked for and can't.
@@ -341,8 +357,8 @@ def export_scope(library: str, precision: str) -> Iterator[None]:
             )
     _register()
     is_on = precision == "bf16" or (library != "onnxruntime" and reason is None)
-    token = _precision.set(precision if is_on else None)
+    token = _settings.set((precision, keep_rounded) if is_on else None)
     try:
         yield
     finally:
-        _precision.reset(token)
+        _settings.reset(token)

@@ -1,0 +1,106 @@
+"""Copies in bf16 of weights that stay as they are from step to step.
+
+A product in bf16 (products.py) takes a weight rounded, and rounding all of them takes 6% of a LoRA
+step of a Llama of hidden size 1024. Frozen weights are rounded once instead, and trained ones once
+for the micro-batches of an accumulation. The copies last from forward to backward in any case, so
+those of frozen weights add little to a step's peak.
+
+A weight may still be written to. Before each forward its address and its version, which torch
+counts up with every change in place, are compared. What is written through `.data` isn't counted,
+so an entry of each row is compared, too: a merged adapter or an optimizer changes all of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+
+from ort_train.ortmodule import memory
+
+
+class _Copy:
+    """A weight's copy in bf16, made when it is first asked for."""
+
+    def __init__(self, weight: torch.nn.Parameter):
+        self._weight = weakref.ref(weight)
+        self._version = weight._version
+        self.address = weight.data_ptr()
+        self.shape = weight.shape
+        self._entries: torch.Tensor | None = None
+        self._expected: torch.Tensor | None = None
+        self.rounded: torch.Tensor | None = None
+
+    def make(self, weight: torch.Tensor) -> torch.Tensor:
+        # As integers, for NaN isn't equal to itself. The step meets every row, and changes columns.
+        self._entries = weight.view(torch.int32).view(-1)[:: weight.shape[1] - 1]
+        self._expected = self._entries.clone()
+        self.rounded = rounded(weight)
+        return self.rounded
+
+    def is_of(self, weight: torch.nn.Parameter) -> bool:
+        """Whether the weight is the one that was copied, and as it was."""
+        is_same = self._weight() is weight
+        if not is_same or (weight.data_ptr(), weight._version) != (self.address, self._version):
+            return False
+        if self._entries is None or self._expected is None:
+            return True
+        return torch.equal(self._entries, self._expected)
+
+
+#: The copies by their weights' addresses, which is all that a kernel knows of a weight.
+_by_address: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in bf16."""
+    return memory.empty(*tensor.shape, dtype=torch.bfloat16).copy_(tensor)
+
+
+def of(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in bf16: its copy, or rounded anew where none is kept."""
+    copy = _by_address.get(weight.data_ptr())
+    if copy is None or copy.shape != weight.shape:
+        return rounded(weight)
+    return copy.make(weight) if copy.rounded is None else copy.rounded
+
+
+class RoundedWeights:
+    """Which copies a module's forwards may use."""
+
+    def __init__(self) -> None:
+        self._weights: tuple[torch.nn.Parameter, ...] = ()
+        self._copies: dict[int, _Copy] = {}
+        self._are_trained_kept = False
+
+    def keep_trained(self, is_kept: bool) -> None:
+        """Keep copies of trained weights as well, or no longer."""
+        if not is_kept and self._are_trained_kept:
+            trained = {id(weight) for weight in self._weights if weight.requires_grad}
+            self._copies = {key: c for key, c in self._copies.items() if key not in trained}
+        self._are_trained_kept = is_kept
+
+    def confirm(self, weights: Iterable[torch.nn.Parameter]) -> None:
+        """To be called before every forward: copies of what has changed are dropped.
+
+        Args:
+            weights: the module's parameters now.
+        """
+        self._weights = tuple(weights)
+        copies: dict[int, _Copy] = {}
+        for weight in self._weights:
+            if (weight.requires_grad and not self._are_trained_kept) or not _can_be_kept(weight):
+                continue
+            copy = self._copies.get(id(weight))
+            if copy is None or not copy.is_of(weight):
+                copy = _Copy(weight)
+            # Each time: another module that shares the weight may have entered its own.
+            copies[id(weight)] = _by_address[copy.address] = copy
+        self._copies = copies
+
+
+def _can_be_kept(weight: torch.nn.Parameter) -> bool:
+    is_matrix = weight.dim() == 2 and weight.shape[1] > 1 and weight.is_contiguous()
+    is_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return is_matrix and is_fp32 and not weight.is_inference()  # which have no version
