@@ -10,11 +10,10 @@ permission on CPUs with AMX only. Elsewhere the product is a full fp32 one:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,16 +23,24 @@ import torch
 _MAX_RELATIVE_ERROR = 3e-6
 
 
-@contextlib.contextmanager
-def _preferred() -> Iterator[None]:
-    """torch.mm and torch.addmm of fp32 go to oneDNN; the setting is as before at the end."""
-    settings: Any = torch.backends.mkldnn.matmul
-    precision = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+#: What stands behind `torch.backends.mkldnn.matmul.fp32_precision`, whose way through Python's
+#: classes takes as long as a small product.
+_precision = functools.partial(
+    getattr(torch._C, "_get_fp32_precision_getter", str), "mkldnn", "matmul"
+)
+_set_precision = functools.partial(
+    getattr(torch._C, "_set_fp32_precision_setter", str), "mkldnn", "matmul"
+)
+
+
+def preferred(multiply: Callable[..., torch.Tensor], *factors: Any, **options: Any) -> torch.Tensor:
+    """What a function of torch returns whose products of fp32 matrices go to oneDNN."""
+    before = _precision()
+    _set_precision("bf16")
     try:
-        yield
+        return multiply(*factors, **options)
     finally:
-        settings.fp32_precision = precision
+        _set_precision(before)
 
 
 @functools.cache
@@ -41,15 +48,14 @@ def unavailable_reason() -> str | None:
     """Why oneDNN can't make the fp32 products of this machine, or None."""
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
-    if not hasattr(torch.backends.mkldnn, "matmul"):
+    if not hasattr(torch._C, "_set_fp32_precision_setter"):
         return f"torch {torch.__version__} can't be told to take oneDNN: 2.9 or newer can"
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return f"the CPU has no AVX-512 ({torch.backends.cpu.get_cpu_capability()})"
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
-    with _preferred():
-        error = float((torch.mm(a, b) - exact).norm() / exact.norm())
+    error = float((preferred(torch.mm, a, b) - exact).norm() / exact.norm())
     if error > _MAX_RELATIVE_ERROR:
         return f"its fp32 products are rounded here (relative error {error:.1e})"
     return None
@@ -73,10 +79,9 @@ def product(
     Returns:
         (M, N)
     """
-    with _preferred():
-        if bias is None:
-            return torch.mm(a, b, out=out)
-        return torch.addmm(bias, a, b, out=out)
+    if bias is None:
+        return preferred(torch.mm, a, b, out=out)
+    return preferred(torch.addmm, bias, a, b, out=out)
 
 
 def has_bf16() -> bool:

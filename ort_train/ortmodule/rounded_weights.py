@@ -50,20 +50,33 @@ class _Copy:
 
 
 #: The copies by their weights' addresses, which is all that a kernel knows of a weight.
-_by_address: weakref.WeakValueDictionary[int, _Copy] = weakref.WeakValueDictionary()
+_by_address: dict[int, weakref.ref[_Copy]] = {}
+
+
+def _enter(copy: _Copy) -> None:
+    address = copy.address
+
+    def gone(reference: weakref.ref[_Copy]) -> None:
+        if _by_address.get(address) is reference:
+            del _by_address[address]
+
+    _by_address[address] = weakref.ref(copy, gone)
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in bf16."""
+    if not memory.is_large(tensor.shape, torch.bfloat16):
+        return tensor.bfloat16()
     return memory.empty(*tensor.shape, dtype=torch.bfloat16).copy_(tensor)
 
 
-def of(weight: torch.Tensor) -> torch.Tensor:
-    """A weight in bf16: its copy, or rounded anew where none is kept."""
-    copy = _by_address.get(weight.data_ptr())
-    if copy is None or copy.shape != weight.shape:
-        return rounded(weight)
-    return copy.make(weight) if copy.rounded is None else copy.rounded
+def of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in bf16: of a weight the copy, if one is kept, and else rounded anew."""
+    reference = _by_address.get(tensor.data_ptr())
+    copy = None if reference is None else reference()
+    if copy is None or copy.shape != tensor.shape:
+        return rounded(tensor)
+    return copy.make(tensor) if copy.rounded is None else copy.rounded
 
 
 class RoundedWeights:
@@ -95,8 +108,10 @@ class RoundedWeights:
             copy = self._copies.get(id(weight))
             if copy is None or not copy.is_of(weight):
                 copy = _Copy(weight)
-            # Each time: another module that shares the weight may have entered its own.
-            copies[id(weight)] = _by_address[copy.address] = copy
+            entered = _by_address.get(copy.address)
+            if entered is None or entered() is not copy:  # or another module's that shares it
+                _enter(copy)
+            copies[id(weight)] = copy
         self._copies = copies
 
 
