@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from trained_graphs import graph_of
 
 from ort_train import unwrap, wrap
 from ort_train.forward import taken_over
 from ort_train.ortmodule import output_gradients
 from ort_train.ortmodule.aten import operator_name
+from ort_train.ortmodule.graph import GraphIndex
 
 # fp32 carries 24 bits: sums in another order differ by some 1e-7 at these sizes, a gradient that is
 # left out by 1e-3 and more.
@@ -84,15 +86,9 @@ def test_without_a_gradient_of_the_logits_that_of_the_loss_is_not_copied() -> No
 def test_the_sum_of_what_torch_computed_is_torchs(wrapped: Any) -> None:
     ids = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(1))
     gradients(wrapped, ids, loss_alone)
-    stand_in: Any = taken_over(wrapped)
-    (engine,) = stand_in.runner._original.engines.values()
-    nodes = engine._training_manager._onnx_models.optimized_model.graph.node
-    users: dict[str, list[Any]] = {}
-    for node in nodes:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    names = output_gradients._aliases("output-1_grad", users)
-    readers = [node for name in names for node in users[name] if node.op_type != "Identity"]
+    index = GraphIndex(graph_of(wrapped))
+    names = output_gradients._aliases("output-1_grad", index)
+    readers = [n for name in names for n in index.consumers(name) if n.op_type != "Identity"]
     # A kernel of ONNX Runtime would need another tensor of the logits' size.
     assert [operator_name(node) for node in readers] == [output_gradients.ADD]
 

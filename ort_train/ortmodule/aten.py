@@ -203,6 +203,11 @@ def operator_name(node: Any) -> str:
     return str(node.op_type)
 
 
+def rename_operator(node: Any, name: str) -> None:
+    """Have an ATen node run another operator of torch's."""
+    next(a for a in node.attribute if a.name == "operator").s = name.encode()
+
+
 def aten_node(operator: str, inputs: Sequence[str], outputs: Sequence[str], name: str) -> Any:
     """An onnx.NodeProto that torch runs.
 

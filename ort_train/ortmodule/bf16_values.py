@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ort_train.ortmodule.aten import aten_node, direct, operator_name
-from ort_train.ortmodule.graph import declare
+from ort_train.ortmodule.aten import aten_node, direct, operator_name, rename_operator
+from ort_train.ortmodule.graph import GraphIndex, attribute, declare
 
 #: Appended to the name of an operator that hands on bf16 in place of fp32.
 SUFFIX = "_in_bf16"
@@ -71,6 +71,9 @@ def _sum_rows(input: torch.Tensor) -> torch.Tensor:
 
 # --- The graph
 
+#: Of a node.
+_Test = Callable[[Any], bool]
+
 
 class _Passing(NamedTuple):
     """How a node passes on what it reads.
@@ -106,87 +109,60 @@ _GRADIENTS = (
 _ATTENTION_GRADIENTS = ("ort_train::attention_grad", "ort_train::masked_attention_grad")
 
 
-class _Graph:
-    def __init__(self, proto: Any, is_rounding: Callable[[Any], bool]):
-        self.proto = proto
-        self.is_rounding = is_rounding
-        self.producers = {name: node for node in proto.node for name in node.output}
-        self.readers: dict[str, list[tuple[Any, int]]] = {}
-        for node in proto.node:
-            for position, name in enumerate(node.input):
-                self.readers.setdefault(name, []).append((node, position))
-        self.outputs = {info.name for info in proto.output}
-        self.infos = {info.name: info for info in (*proto.value_info, *proto.input, *proto.output)}
-        self.initializers = {tensor.name: tensor for tensor in proto.initializer}
+def _is_number(index: GraphIndex, name: str) -> bool:
+    shape = index.shapes.get(name)
+    return shape is not None and all(size == 1 for size in shape)
 
-    def sizes(self, name: str) -> list[int | str] | None:
-        """What is known of a value's sizes: numbers, or names of those that batches decide."""
-        if name in self.initializers:
-            return list(self.initializers[name].dims)
-        info = self.infos.get(name)
-        if info is None or not info.type.tensor_type.HasField("shape"):
-            return None
-        return [d.dim_value or d.dim_param for d in info.type.tensor_type.shape.dim]
 
-    def is_number(self, name: str) -> bool:
-        sizes = self.sizes(name)
-        return sizes is not None and all(size == 1 for size in sizes)
-
-    def passing(self, node: Any) -> _Passing | None:
-        """How the node passes on bf16, or None where it can't."""
-        kind = operator_name(node)
-        if kind in _MOVES:
-            return _Passing((0,))
-        if kind == "Concat":
-            return _Passing(tuple(range(len(node.input))))
-        if kind in ("QuickGelu", "QuickGeluGrad") and _float(node, "alpha", 1.702) != 1.0:
-            return None
-        if kind == "QuickGeluGrad":
-            return _Passing((0, 1), "ort_train::silu_grad")
-        if kind in _UNARY:
-            return _Passing((0,), _UNARY[kind])
-        if kind in _GRADIENTS:
-            return _Passing((0,), kind)
-        if kind == "Where" and self.is_number(node.input[1]):
-            return _Passing((2,), "ort_train::masked")
-        if kind == "Mul":
-            return self._multiplying(node)
+def _passing(index: GraphIndex, node: Any) -> _Passing | None:
+    """How the node passes on bf16, or None where it can't."""
+    kind = operator_name(node)
+    if kind in _MOVES:
+        return _Passing((0,))
+    if kind == "Concat":
+        return _Passing(tuple(range(len(node.input))))
+    if kind in ("QuickGelu", "QuickGeluGrad") and attribute(node, "alpha", 1.702) != 1.0:
         return None
-
-    def _multiplying(self, node: Any) -> _Passing | None:
-        a, b = node.input
-        for data, number in ((0, 1), (1, 0)):
-            if self.is_number(node.input[number]) and not self.is_number(node.input[data]):
-                return _Passing((data,), "ort_train::mul", (data, number))
-        sizes = self.sizes(a)
-        if sizes is None or sizes != self.sizes(b) or "" in sizes:
-            return None
-        return _Passing((0, 1), "ort_train::mul")
-
-    def takes(self, node: Any) -> bool:
-        """Whether a node that doesn't pass it on reads a value in bf16 as well."""
-        if operator_name(node) in ("Shape", *_GRADIENTS, *_ATTENTION_GRADIENTS):
-            return True
-        return self.is_rounding(node) or self.sums_rows(node)
-
-    def sums_rows(self, node: Any) -> bool:
-        """Whether it is the sum over all axes but the last: a bias's gradient."""
-        if node.op_type != "ReduceSum" or len(node.input) < 2 or _int(node, "keepdims", 1):
-            return False
-        sizes, axes = self.sizes(node.input[0]), self.initializers.get(node.input[1])
-        if sizes is None or len(sizes) < 2 or axes is None:
-            return False
-        from onnx import numpy_helper
-
-        return sorted(numpy_helper.to_array(axes).tolist()) == list(range(len(sizes) - 1))
+    if kind == "QuickGeluGrad":
+        return _Passing((0, 1), "ort_train::silu_grad")
+    if kind in _UNARY:
+        return _Passing((0,), _UNARY[kind])
+    if kind in _GRADIENTS:
+        return _Passing((0,), kind)
+    if kind == "Where" and _is_number(index, node.input[1]):
+        return _Passing((2,), "ort_train::masked")
+    if kind == "Mul":
+        return _multiplying(index, node)
+    return None
 
 
-def _float(node: Any, name: str, default: float) -> float:
-    return next((float(a.f) for a in node.attribute if a.name == name), default)
+def _multiplying(index: GraphIndex, node: Any) -> _Passing | None:
+    a, b = node.input
+    for data, number in ((0, 1), (1, 0)):
+        if _is_number(index, node.input[number]) and not _is_number(index, node.input[data]):
+            return _Passing((data,), "ort_train::mul", (data, number))
+    shape = index.shapes.get(a)
+    if shape is None or shape != index.shapes.get(b) or 0 in shape:
+        return None
+    return _Passing((0, 1), "ort_train::mul")
 
 
-def _int(node: Any, name: str, default: int) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
+def _takes(index: GraphIndex, node: Any) -> bool:
+    """Whether a node that doesn't pass it on reads a value in bf16 as well."""
+    kinds = ("Shape", *_GRADIENTS, *_ATTENTION_GRADIENTS)
+    return operator_name(node) in kinds or _sums_rows(index, node)
+
+
+def _sums_rows(index: GraphIndex, node: Any) -> bool:
+    """Whether it is the sum over all axes but the last: a bias's gradient."""
+    if node.op_type != "ReduceSum" or len(node.input) < 2 or attribute(node, "keepdims", 1):
+        return False
+    shape, axes = index.shapes.get(node.input[0]), index.initializers.get(node.input[1])
+    if shape is None or len(shape) < 2 or axes is None:
+        return False
+    from onnx import numpy_helper
+
+    return sorted(numpy_helper.to_array(axes).tolist()) == list(range(len(shape) - 1))
 
 
 class _Groups:
@@ -211,7 +187,7 @@ class _Groups:
             self._parents[self.of(name)] = self.of(first)
 
 
-def keep(proto: Any, is_rounding: Callable[[Any], bool], can_hand_on: Callable[[Any], bool]) -> int:
+def keep(proto: Any, is_rounding: _Test, can_hand_on: _Test) -> int:
     """Leave in bf16 what is rounded to it, and read by nothing that needs fp32.
 
     Args:
@@ -223,52 +199,52 @@ def keep(proto: Any, is_rounding: Callable[[Any], bool], can_hand_on: Callable[[
     Returns:
         how many roundings are left out
     """
-    graph = _Graph(proto, is_rounding)
+    index = GraphIndex(proto)
     groups = _Groups()
     for node in proto.node:
-        passing = graph.passing(node)
+        passing = _passing(index, node)
         if passing is not None:
             groups.join([*(node.input[i] for i in passing.data), *node.output])
         elif operator_name(node) in _ATTENTION_GRADIENTS:
             groups.join(node.output)
     wanted = {groups.of(node.input[0]) for node in proto.node if is_rounding(node)}
-    for name in {*graph.producers, *graph.readers}:
-        if groups.of(name) in wanted and not _can_be_bf16(graph, name, can_hand_on):
+    for name in {*index.producers, *index.reads}:
+        is_free = groups.of(name) not in wanted
+        if not (is_free or _can_be_bf16(index, name, is_rounding, can_hand_on)):
             wanted.remove(groups.of(name))
-    kept = {name for name in graph.producers if groups.of(name) in wanted}
-    return _set(graph, kept, can_hand_on)
+    kept = {name for name in index.producers if groups.of(name) in wanted}
+    return _set(index, kept, is_rounding, can_hand_on)
 
 
-def _can_be_bf16(graph: _Graph, name: str, can_hand_on: Callable[[Any], bool]) -> bool:
-    producer = graph.producers.get(name)
-    if producer is None or name in graph.outputs:
+def _can_be_bf16(index: GraphIndex, name: str, is_rounding: _Test, can_hand_on: _Test) -> bool:
+    producer = index.producers.get(name)
+    if producer is None or name in index.outputs:
         return False
-    if graph.passing(producer) is None and not can_hand_on(producer):
+    if _passing(index, producer) is None and not can_hand_on(producer):
         return False
-    for node, position in graph.readers.get(name, ()):
-        passing = graph.passing(node)
+    for node, position in index.reads.get(name, ()):
+        passing = _passing(index, node)
         is_passed = passing is not None and position in passing.data
-        if not is_passed and not graph.takes(node):
+        if not (is_passed or is_rounding(node) or _takes(index, node)):
             return False
     return True
 
 
-def _set(graph: _Graph, kept: set[str], can_hand_on: Callable[[Any], bool]) -> int:
+def _set(index: GraphIndex, kept: set[str], is_rounding: _Test, can_hand_on: _Test) -> int:
     """Write the graph with these values in bf16; returns how many roundings that spares."""
     from onnx import TensorProto
 
     nodes, renamed = [], {}
     summed: list[str] = []
-    for node in graph.proto.node:
-        if graph.is_rounding(node) and node.input[0] in kept:
+    for node in index.graph.node:
+        if is_rounding(node) and node.input[0] in kept:
             renamed[node.output[0]] = node.input[0]
             continue
-        passing = graph.passing(node)
+        passing = _passing(index, node)
         if passing is not None and node.output[0] in kept:
             node = _passed_on(node, passing)
         elif can_hand_on(node) and node.output[0] in kept:
-            (operator,) = (a for a in node.attribute if a.name == "operator")
-            operator.s += SUFFIX.encode()
+            rename_operator(node, operator_name(node) + SUFFIX)
         elif node.op_type == "ReduceSum" and node.input[0] in kept:
             node = aten_node(_SUM_ROWS, node.input[:1], node.output, node.name)
             summed.append(node.output[0])
@@ -277,12 +253,12 @@ def _set(graph: _Graph, kept: set[str], can_hand_on: Callable[[Any], bool]) -> i
         for position, name in enumerate(node.input):
             node.input[position] = renamed.get(name, name)
     for name in kept:
-        if name in graph.infos:
-            graph.infos[name].type.tensor_type.elem_type = TensorProto.BFLOAT16
-    declare(graph.proto, kept, TensorProto.BFLOAT16)
-    declare(graph.proto, summed)
-    del graph.proto.node[:]
-    graph.proto.node.extend(nodes)
+        if name in index.infos:
+            index.infos[name].type.tensor_type.elem_type = TensorProto.BFLOAT16
+    declare(index.graph, kept, TensorProto.BFLOAT16)
+    declare(index.graph, summed)
+    del index.graph.node[:]
+    index.graph.node.extend(nodes)
     return len(renamed)
 
 

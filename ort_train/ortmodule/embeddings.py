@@ -7,7 +7,6 @@ the weight's size less to make, to fill with zeros and to add.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from ort_train.ortmodule import memory
 from ort_train.ortmodule.aten import aten_node, direct, operator_name
-from ort_train.ortmodule.graph import declare
+from ort_train.ortmodule.graph import GraphIndex, declare
 
 _GRADIENT = "embedding_backward"
 _ADD_GRADIENT = "ort_train::add_embedding_gradient"
@@ -81,11 +80,14 @@ def add_to_products(graph: Any, is_product: Callable[[Any], bool]) -> None:
         is_product: of a node, whether torch computes a product in memory of its own: what ONNX
             Runtime has allocated it may give to another value, as soon as its last reader has run.
     """
-    producers = {name: node for node in graph.node for name in node.output}
-    num_readers = Counter(name for node in graph.node for name in node.input)
+    index = GraphIndex(graph)
     nodes: list[Any] = []
     for node in graph.node:
-        parts = {n: producers[n] for n in node.input if num_readers[n] == 1 and n in producers}
+        parts = {
+            name: index.producers[name]
+            for name in node.input
+            if index.num_reads(name) == 1 and name in index.producers
+        }
         gradients = [name for name, part in parts.items() if operator_name(part) == _GRADIENT]
         totals = [name for name, part in parts.items() if is_product(part)]
         if node.op_type != "Sum" or len(totals) != 1 or {*totals, *gradients} != {*node.input}:

@@ -9,15 +9,14 @@ import numpy as np
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.aten import operator_name
+from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.rewriting import BOOL, INT64, Rewriter, Selection, packed_name
 from ort_train.ortmodule.rows import (
     ELEMENTWISE,
     PRODUCTS,
-    GraphIndex,
     Plan,
     Role,
     RowSpace,
-    attribute,
     plan,
     product,
 )
@@ -64,7 +63,7 @@ def trace_loss(node: Any, rewriter: Rewriter) -> Loss:
         return Loss(node, RowSpace(None, ""), blocked=f"its logits have {len(shape)} axes, not 2")
     if attribute(node, "reduction", b"mean") == b"none":
         return Loss(node, RowSpace(None, ""), blocked="it returns a loss of each token")
-    if any(name in index.outputs or name in index.consumers for name in node.output[1:] if name):
+    if any(name in index.outputs or name in index.reads for name in node.output[1:] if name):
         return Loss(node, RowSpace(None, ""), blocked="its log-probabilities are used, too")
     space = _space_of(logits, index)
     loss = Loss(node, space, spaces={logits: space})
@@ -119,7 +118,7 @@ def _other_use(node: Any, members: set[int], rewriter: Rewriter) -> str:
     for name in node.output:
         if name in index.outputs:
             return f"output {name!r} of the model needs all rows of {node.name!r}"
-        for user in index.consumers.get(name, ()):
+        for user in index.consumers(name):
             is_shape = user.op_type == "Shape" and rewriter.sizes_known(index.shapes[name])
             if id(user) not in members and not is_shape:
                 return f"{operator_name(user)} {user.name!r} needs all rows of {node.name!r}"

@@ -11,6 +11,7 @@ import torch
 
 from ort_train.ortmodule import bf16_values, memory
 from ort_train.ortmodule.aten import aten_node, direct
+from ort_train.ortmodule.graph import GraphIndex, attribute
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"
@@ -84,26 +85,19 @@ for _name, _reduction in _REDUCTIONS.items():
     _define(_name.decode(), _reduction)
 
 
-def _reduction_of(node: Any) -> bytes:
-    return next((a.s for a in node.attribute if a.name == "reduction"), b"mean")
-
-
 def replace(graph: Any) -> None:
     """Give the graph's losses to torch.
 
     Args:
         graph: onnx.GraphProto of forward and backward, changed in place.
     """
-    ranks = {
-        info.name: len(info.type.tensor_type.shape.dim)
-        for info in graph.value_info
-        if info.type.tensor_type.HasField("shape")
-    }
+    shapes = GraphIndex(graph).shapes
     taken: set[str] = set()  # names of the logarithms
     for index, node in enumerate(graph.node):
+        reduction = attribute(node, "reduction", b"mean")
         if node.op_type == _FORWARD:
             scores, labels, weight, ignored = [*node.input, "", ""][:4]
-            if ranks.get(scores) != 2 or weight or _reduction_of(node) not in _REDUCTIONS:
+            if len(shapes.get(scores, ())) != 2 or weight or reduction not in _REDUCTIONS:
                 continue
             taken.add(node.output[1])
             suffix, inputs = "", [scores, labels, ignored]
@@ -112,6 +106,6 @@ def replace(graph: Any) -> None:
             suffix, inputs = "_grad", [grad, log_probs, labels, ignored]
         else:
             continue
-        name = f"ort_train::cross_entropy_{_reduction_of(node).decode()}{suffix}"
+        name = f"ort_train::cross_entropy_{reduction.decode()}{suffix}"
         inputs = inputs if inputs[-1] else inputs[:-1]
         graph.node[index].CopyFrom(aten_node(name, inputs, node.output, node.name))

@@ -17,7 +17,7 @@ import torch
 
 from ort_train.ortmodule import memory
 from ort_train.ortmodule.aten import ATEN_DOMAIN, aten_node, direct, operator_name
-from ort_train.ortmodule.graph import declare
+from ort_train.ortmodule.graph import GraphIndex, declare
 
 ADD = "ort_train::sum_of_gradients"
 
@@ -44,18 +44,17 @@ def replace(graph: Any) -> None:
     Args:
         graph: onnx.GraphProto of forward and backward, changed in place.
     """
-    users = _users(graph)
-    producers = {name: node for node in graph.node for name in node.output}
+    index = GraphIndex(graph)
     given: set[str] = set()
     for node in graph.node:
         if node.op_type == "YieldOp":
-            given = {name for output in node.output for name in _aliases(output, users)}
+            given = {name for output in node.output for name in _aliases(output, index)}
     sums = [node for node in graph.node if node.op_type == "Sum"]
     added: dict[str, Any] = {}  # by the gradient that each follows
     left_out = []
     for node in sums:
         first, *others = sorted(node.input, key=given.__contains__)
-        path = _path_from_torch(first, producers, users)
+        path = _path_from_torch(first, index)
         if not path or not given.issuperset(others):
             continue
         # Right behind torch's node: a reshaped tensor of ONNX Runtime's doesn't own its memory.
@@ -77,15 +76,13 @@ def replace(graph: Any) -> None:
     graph.node.extend(nodes)
 
 
-def _path_from_torch(
-    name: str, producers: dict[str, Any], users: dict[str, list[Any]]
-) -> list[Any]:
+def _path_from_torch(name: str, index: GraphIndex) -> list[Any]:
     """The node of torch's that made a value, and those that moved it since; all have one reader.
 
     Empty where ONNX Runtime made it: that memory it may give to another value once it is read.
     """
     path: list[Any] = []
-    while (node := producers.get(name)) is not None and len(users[name]) == 1:
+    while (node := index.producers.get(name)) is not None and index.num_reads(name) == 1:
         path.insert(0, node)
         if node.domain == ATEN_DOMAIN:
             return path if len(node.output) == 1 else []
@@ -106,24 +103,24 @@ def accept_scalars(manager: Any) -> None:
     graph = manager._onnx_models.optimized_model.graph
     (yields,) = (node for node in graph.node if node.op_type == "YieldOp")
     (full,) = (a for a in yields.attribute if a.name == "full_shape_outputs")
-    users = _users(graph)
+    index = GraphIndex(graph)
     from_outside: set[str] = set(yields.output)
     scalar, shapeless = [], set()
-    for index in full.ints:
-        names = _aliases(yields.output[index], users)
+    for position in full.ints:
+        names = _aliases(yields.output[position], index)
         from_outside |= names
         sums = [
-            node for name in names for node in users.get(name, ()) if node.op_type != "Identity"
+            node for name in names for node in index.consumers(name) if node.op_type != "Identity"
         ]
         others = [[n for n in node.input if n not in from_outside] for node in sums]
         if sums and all(operator_name(n) in ("Sum", ADD) for n in sums) and all(others):
-            scalar.append(index)
+            scalar.append(position)
             shapeless |= names
             for node, first in zip(sums, others, strict=True):
                 # What is first gives its memory to the result.
                 last = [n for n in node.input if n not in first]
                 node.input[:] = [*first, *last]
-    kept = [index for index in full.ints if index not in scalar]
+    kept = [position for position in full.ints if position not in scalar]
     full.ints[:] = kept
     for info in graph.value_info:
         if info.name in shapeless:
@@ -131,18 +128,10 @@ def accept_scalars(manager: Any) -> None:
     manager._graph_info.output_grad_indices_require_full_shape = kept
 
 
-def _users(graph: Any) -> dict[str, list[Any]]:
-    users: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    return users
-
-
-def _aliases(name: str, users: dict[str, list[Any]]) -> set[str]:
+def _aliases(name: str, index: GraphIndex) -> set[str]:
     """The name, and those of its copies by Identity."""
     names = {name}
-    for node in users.get(name, ()):
+    for node in index.consumers(name):
         if node.op_type == "Identity":
-            names |= _aliases(node.output[0], users)
+            names |= _aliases(node.output[0], index)
     return names

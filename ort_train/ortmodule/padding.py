@@ -9,17 +9,15 @@ import numpy as np
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.aten import operator_name
+from ort_train.ortmodule.graph import Dim, Shape, attribute
 from ort_train.ortmodule.ignored_labels import LOSS, WAY_OUT, Loss, select_labels
 from ort_train.ortmodule.rewriting import BOOL, INT64, Rewriter, Selection, packed_name
 from ort_train.ortmodule.rows import (
     ELEMENTWISE,
     PRODUCTS,
-    Dim,
     Plan,
     Role,
     RowSpace,
-    Shape,
-    attribute,
     plan,
     symbols,
 )
@@ -80,7 +78,7 @@ class Padding:
         for node, entry in self._plans.values():
             self._rewriter.run_on_rows(node, entry, self._selection, self._packed)
         for name in [name for node in nodes for name in node.output]:
-            for user in self._index.consumers.get(name, ()):
+            for user in self._index.consumers(name):
                 if self._chooses_labels(user) and user.input[0] == name:
                     self._choose_of_kept(user)
             if self._outside(name):
@@ -195,7 +193,7 @@ class Padding:
                 or self._is_packed_loss(user)
                 or (user.op_type == "Shape" and self._rewriter.sizes_known(shape))
             )
-            for user in self._index.consumers.get(name, ())
+            for user in self._index.consumers(name)
         )
 
     def _chooses_labels(self, node: Any) -> bool:
@@ -304,7 +302,7 @@ class Padding:
 
     def _is_zero_where_masked(self, product: Any) -> bool:
         """Whether attention's result is 0 for a token that sees none (attention.py)."""
-        users = self._index.consumers.get(product.output[0], ())
+        users = self._index.consumers(product.output[0])
         return all(
             user.op_type == "Where"
             and user.input[2] == product.output[0]

@@ -18,9 +18,7 @@ import contextlib
 import contextvars
 import functools
 import importlib
-import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,7 +31,7 @@ from ort_train.ortmodule import (
     product_kernels,
 )
 from ort_train.ortmodule.aten import aten_node, operator_name
-from ort_train.ortmodule.graph import declare
+from ort_train.ortmodule.graph import Dim, GraphIndex, Shape, attribute, declare
 from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
@@ -79,109 +77,87 @@ class _Product(NamedTuple):
         return self._replace(a=self.b, b=self.a, a_t=not self.b_t, b_t=not self.a_t, output=output)
 
 
-class _Graph:
-    """An onnx.GraphProto and what connects its nodes."""
-
-    def __init__(self, proto: Any):
-        self.proto = proto
-        self.producers = {output: node for node in proto.node for output in node.output}
-        self.consumers = defaultdict(list)
-        for node in proto.node:
-            for name in node.input:
-                self.consumers[name].append(node)
-        self.outputs = {info.name for info in proto.output}
-        self.sizes: dict[str, list[int | None]] = {
-            tensor.name: list(tensor.dims) for tensor in proto.initializer
-        }
-        self.types: dict[str, int] = {}
-        self.infos: dict[str, Any] = {}
-        for info in itertools.chain(proto.value_info, proto.input, proto.output):
-            kind = info.type.tensor_type
-            self.types[info.name] = kind.elem_type
-            self.infos[info.name] = info
-            if kind.HasField("shape"):
-                self.sizes[info.name] = [
-                    d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
-                ]
-
-    def untransposed(self, name: str) -> tuple[str, bool]:
-        """Of what matrix this is the transpose, and whether it is one."""
-        node = self.producers.get(name)
-        if node is None or not _is_matrix_transpose(node):
-            return name, False
-        return node.input[0], True
-
-    def unflattened(self, name: str) -> str:
-        """What was flattened to this matrix by the gradient of MatMul."""
-        node = self.producers.get(name)
-        if node is None or node.op_type != "Reshape" or not name.endswith(_FLATTENED):
-            return name
-        return str(node.input[0])
-
-    def decoding(self, name: str) -> Any:
-        """The node that decodes this weight for a single product, in the type of its other factor,
-        or None."""
-        node = self.producers.get(name)
-        if node is None or operator_name(node) != DECODE or len(self.consumers[name]) > 1:
-            return None
-        return node
-
-    def is_bias(self, name: str, columns: int | None) -> bool:
-        """Whether it is a parameter with an entry for each column."""
-        return name not in self.producers and self.sizes.get(name) == [columns]
-
-    def is_wanted(self, sizes: list[int | None] | None, is_bf16: bool) -> bool:
-        """Whether torch is asked for products with a matrix of these sizes."""
-        if sizes is None or len(sizes) != 2:
-            return False
-        rows, columns = (_UNKNOWN if size is None else size for size in sizes)
-        return min(rows, columns) >= _MIN_SIDE if is_bf16 else rows * columns >= _MIN_ENTRIES
-
-
 def _is_matrix_transpose(node: Any) -> bool:
     return node.op_type == "Transpose" and [list(a.ints) for a in node.attribute] == [[1, 0]]
 
 
-def _product_of(graph: _Graph, node: Any, is_bf16: bool) -> _Product | None:
+def _untransposed(graph: GraphIndex, name: str) -> tuple[str, bool]:
+    """Of what matrix this is the transpose, and whether it is one."""
+    node = graph.producers.get(name)
+    if node is None or not _is_matrix_transpose(node):
+        return name, False
+    return node.input[0], True
+
+
+def _unflattened(graph: GraphIndex, name: str) -> str:
+    """What was flattened to this matrix by the gradient of MatMul."""
+    node = graph.producers.get(name)
+    if node is None or node.op_type != "Reshape" or not name.endswith(_FLATTENED):
+        return name
+    return str(node.input[0])
+
+
+def _decoding(graph: GraphIndex, name: str) -> Any:
+    """The node that decodes this weight for a single product, in the type of its other factor, or
+    None."""
+    node = graph.producers.get(name)
+    if node is None or operator_name(node) != DECODE or graph.num_reads(name) > 1:
+        return None
+    return node
+
+
+def _is_bias(graph: GraphIndex, name: str, columns: Dim) -> bool:
+    """Whether it is a parameter with an entry for each column."""
+    return name not in graph.producers and graph.shapes.get(name) == [columns]
+
+
+def _is_wanted(shape: Shape | None, is_bf16: bool) -> bool:
+    """Whether torch is asked for products with a matrix of these sizes."""
+    if shape is None or len(shape) != 2:
+        return False
+    rows, columns = (size if size and isinstance(size, int) else _UNKNOWN for size in shape)
+    return min(rows, columns) >= _MIN_SIDE if is_bf16 else rows * columns >= _MIN_ENTRIES
+
+
+def _product_of(graph: GraphIndex, node: Any, is_bf16: bool) -> _Product | None:
     """What a node computes, or None where torch isn't asked for it."""
     if node.op_type not in ("MatMul", "FusedMatMul", "Gemm"):
         return None
-    attributes = {a.name: a.f if a.name in ("alpha", "beta") else a.i for a in node.attribute}
     bias = node.input[2] if len(node.input) > 2 else ""
-    if attributes.get("alpha", 1.0) != 1.0 or (bias and attributes.get("beta", 1.0) != 1.0):
+    if attribute(node, "alpha", 1.0) != 1.0 or (bias and attribute(node, "beta", 1.0) != 1.0):
         return None
-    if attributes.get("transBatchA") or attributes.get("transBatchB"):
+    if attribute(node, "transBatchA") or attribute(node, "transBatchB"):
         return None
-    a_t, b_t = bool(attributes.get("transA")), bool(attributes.get("transB"))
+    a_t, b_t = bool(attribute(node, "transA")), bool(attribute(node, "transB"))
     a, b = node.input[:2]
     product = _Product("product", a, b, bias, a_t, b_t, node.output[0])
     if node.op_type == "Gemm":
         return _gemm(graph, product, is_bf16)
-    b, is_transpose = graph.untransposed(product.b)
-    if len(graph.sizes.get(b, ())) == 2:
-        if a_t or not graph.is_wanted(graph.sizes[b], is_bf16):
+    b, is_transpose = _untransposed(graph, product.b)
+    if len(graph.shapes.get(b, ())) == 2:
+        if a_t or not _is_wanted(graph.shapes[b], is_bf16):
             return None
         return _with_bias(graph, product._replace(b=b, b_t=b_t ^ is_transpose))
     is_float = graph.types.get(product.output) == 1  # onnx.TensorProto.FLOAT
     return product._replace(kind="batched_product") if is_bf16 and is_float else None
 
 
-def _with_bias(graph: _Graph, product: _Product) -> _Product:
+def _with_bias(graph: GraphIndex, product: _Product) -> _Product:
     """With what is added to it, where nothing reads it without."""
-    readers = graph.consumers[product.output]
+    readers = graph.consumers(product.output)
     if not readers or product.output in graph.outputs:
         return product
-    columns = graph.sizes[product.b][0 if product.b_t else 1]
+    columns = graph.shapes[product.b][0 if product.b_t else 1]
     first, *others = readers
     if first.op_type == "Add" and not others:
         bias = next((name for name in first.input if name != product.output), "")
-        if graph.is_bias(bias, columns):
+        if _is_bias(graph, bias, columns):
             return product._replace(bias=bias, output=first.output[0])
         return product
     # An activation that has taken over the bias, and its gradient, would add it twice a step.
     if all(operator_name(n) in _WITH_BIAS and n.input[-2:-1] == [product.output] for n in readers):
         biases = {node.input[-1] for node in readers}
-        if len(biases) == 1 and graph.is_bias(first.input[-1], columns):
+        if len(biases) == 1 and _is_bias(graph, first.input[-1], columns):
             for node in readers:
                 del node.input[-1]
                 node.op_type = _WITH_BIAS[operator_name(node)]
@@ -189,25 +165,25 @@ def _with_bias(graph: _Graph, product: _Product) -> _Product:
     return product
 
 
-def _gemm(graph: _Graph, product: _Product, is_bf16: bool) -> _Product | None:
-    a, is_a_transpose = graph.untransposed(product.a)
-    b, is_b_transpose = graph.untransposed(product.b)
+def _gemm(graph: GraphIndex, product: _Product, is_bf16: bool) -> _Product | None:
+    a, is_a_transpose = _untransposed(graph, product.a)
+    b, is_b_transpose = _untransposed(graph, product.b)
     product = product._replace(
         a=a, b=b, a_t=product.a_t ^ is_a_transpose, b_t=product.b_t ^ is_b_transpose
     )
     if not product.a_t:
-        return product if graph.is_wanted(graph.sizes.get(b), is_bf16) else None
+        return product if _is_wanted(graph.shapes.get(b), is_bf16) else None
     if product.bias:
         return None
     # A weight's gradient, which the transposed weight's often is made of.
-    consumers = graph.consumers[product.output]
+    consumers = graph.consumers(product.output)
     is_output = product.output in graph.outputs
     if len(consumers) == 1 and _is_matrix_transpose(consumers[0]) and not is_output:
         product = product.transposed(consumers[0].output[0])
-    if not graph.is_wanted(graph.sizes.get(product.output), is_bf16):
+    if not _is_wanted(graph.shapes.get(product.output), is_bf16):
         return None
     if product.a_t and not product.b_t:
-        a, b = graph.unflattened(product.a), graph.unflattened(product.b)
+        a, b = _unflattened(graph, product.a), _unflattened(graph, product.b)
         product = product._replace(a=a, b=b)
     return product
 
@@ -236,7 +212,7 @@ def replace(proto: Any, is_bf16: bool, keep_rounded: bool = False) -> int:
         name = f"{output}/{operator.rpartition(':')[2]}"
         return aten_node(operator, inputs, [output], name)
 
-    graph = _Graph(proto)
+    graph = GraphIndex(proto)
     nodes: list[Any] = []
     rounded: set[str] = set()
     kept = _frozen(proto) if keep_rounded else set()
@@ -262,7 +238,7 @@ def replace(proto: Any, is_bf16: bool, keep_rounded: bool = False) -> int:
             nodes.append(node)
             continue
         factors = [product.a, product.b]
-        decoding = graph.decoding(product.b) if is_bf16 else None
+        decoding = _decoding(graph, product.b) if is_bf16 else None
         if decoding is not None:
             nodes.remove(decoding)
             factors = [product.a]

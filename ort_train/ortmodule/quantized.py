@@ -23,6 +23,7 @@ import torch
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.aten import ATEN_DOMAIN, aten_node, direct, operator_name
+from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.nodes import aten, constant, sizes_of, typed
 
 _FORWARD = "ort_train::linear_4bit"
@@ -183,8 +184,8 @@ def _decode_beside_products(graph: Any) -> None:
             "bitsandbytes.matmul_4bit, or a Linear4bit, in place of MatMul4Bit.apply"
         )
     forward = {node.input[1]: node for node in graph.node if operator_name(node) == _FORWARD}
-    types = {info.name: info.type.tensor_type.elem_type for info in graph.value_info}
-    constants = _integers(graph)
+    index = GraphIndex(graph)
+    constants = _integers(index)
     nodes = []
     for node in graph.node:
         operator = operator_name(node)
@@ -196,7 +197,7 @@ def _decode_beside_products(graph: Any) -> None:
         weight = f"{result}/weight"
         layer = forward[packed]
         # What an ATen node returns, ONNX Runtime can't infer; products.py asks for the sizes.
-        dtype = types.get(layer.output[0], TensorProto.FLOAT)
+        dtype = index.types.get(layer.output[0], TensorProto.FLOAT)
         sizes = [constants.get(name) for name in layer.input[_SIZES]]
         graph.value_info.append(helper.make_tensor_value_info(weight, dtype, sizes))
         nodes.append(aten_node(DECODE, [factor, *layer.input[1:]], [weight], f"{result}/decode"))
@@ -214,15 +215,14 @@ def _decode_beside_products(graph: Any) -> None:
     graph.node.extend(nodes)
 
 
-def _integers(graph: Any) -> dict[str, int]:
+def _integers(index: GraphIndex) -> dict[str, int]:
     """The integers of a graph that are constant, by their names."""
     from onnx import numpy_helper
 
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                tensors[node.output[0]] = attribute.t
+    tensors = dict(index.initializers)
+    for node in index.graph.node:
+        if node.op_type == "Constant" and (tensor := attribute(node, "value")) is not None:
+            tensors[node.output[0]] = tensor
     int64 = 7  # onnx.TensorProto.INT64
     return {
         name: int(numpy_helper.to_array(tensor))

@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 
 from ort_train.ortmodule.aten import ATEN_DOMAIN
-from ort_train.ortmodule.rows import (
-    Dim,
-    GraphIndex,
-    Plan,
-    Role,
-    RowSpace,
-    Shape,
-    attribute,
-)
+from ort_train.ortmodule.graph import Dim, Shape, attribute
+from ort_train.ortmodule.rows import Plan, Role, RowSpace, indexed
 
 INT64, BOOL = 7, 9  # onnx.TensorProto
 _FLOATS = (1, 10, 11, 16)  # float, float16, double, bfloat16
@@ -46,7 +39,7 @@ class Rewriter:
     """Collects changes of a graph, which is looked up as it was before, and makes them at last."""
 
     def __init__(self, graph: Any):
-        self.index = GraphIndex(graph)
+        self.index = indexed(graph)
         self._graph = graph
         self._added: list[Any] = []
         self._removed: set[int] = set()
@@ -239,7 +232,7 @@ class Rewriter:
     def free_of_shapes(self, name: str) -> None:
         """Give those that ask for a tensor's shape the full one, of all rows."""
         shape = self.index.shapes.get(name)
-        for user in self.index.consumers.get(name, ()):
+        for user in self.index.consumers(name):
             if user.op_type == "Shape" and shape is not None and self.sizes_known(shape):
                 full = self.full_shape(shape)
                 start, end = attribute(user, "start", 0), attribute(user, "end", len(shape))

@@ -12,15 +12,13 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ort_train.ortmodule.aten import operator_name
-
-Dim = int | str
-Shape = list[Dim]
+from ort_train.ortmodule.graph import Dim, GraphIndex, Shape, attribute, constant_value
 
 _UNARY = """
 Abs Cast Ceil Celu Clip Cos Dropout Elu Erf Exp Floor Gelu FastGelu QuickGelu HardSigmoid HardSwish
@@ -37,88 +35,23 @@ PRODUCTS = ("MatMul", "Gemm")
 _NORMALIZATION = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
-@dataclass
-class GraphIndex:
-    """Look-ups in an onnx.GraphProto, which stays as it is."""
-
-    graph: Any
-    producers: dict[str, Any] = field(default_factory=dict)
-    consumers: dict[str, list[Any]] = field(default_factory=dict)
-    shapes: dict[str, Shape] = field(default_factory=dict)
-    types: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for node in self.graph.node:
-            for name in node.output:
-                if name:
-                    self.producers[name] = node
-            for name in dict.fromkeys(node.input):
-                if name:
-                    self.consumers.setdefault(name, []).append(node)
-        for value in (*self.graph.value_info, *self.graph.input, *self.graph.output):
-            kind = value.type.tensor_type
-            self.types[value.name] = kind.elem_type
-            if kind.HasField("shape"):
-                self.shapes[value.name] = [d.dim_param or d.dim_value for d in kind.shape.dim]
-        for node in self.graph.node:
-            if node.op_type == "Flatten":  # shape inference names both sizes anew
-                shape, axis = self.shapes.get(node.input[0]), attribute(node, "axis", 1)
-                if shape is not None:
-                    self.shapes[node.output[0]] = [_size(shape[:axis]), _size(shape[axis:])]
-            if node.op_type == "Constant":
-                self.shapes[node.output[0]] = list(self.constant(node.output[0]).shape)
-        self.outputs = {value.name for value in self.graph.output}
-
-    def constant(self, name: str) -> Any:
-        """The value of a constant as an array, also behind nodes that only shape it; else None."""
-        node = self.producers.get(name)
-        if node is None:
-            return None
+def indexed(graph: Any) -> GraphIndex:
+    """An exported graph's index, with shapes that its inference doesn't find."""
+    index = GraphIndex(graph)
+    for node in graph.node:
+        if node.op_type == "Flatten":  # shape inference names both sizes anew
+            shape, axis = index.shapes.get(node.input[0]), attribute(node, "axis", 1)
+            if shape is not None:
+                index.shapes[node.output[0]] = [_size(shape[:axis]), _size(shape[axis:])]
         if node.op_type == "Constant":
-            return _constant_value(node)
-        if node.op_type not in ("Unsqueeze", "Squeeze", "Identity", "Cast", "Concat", "Reshape"):
-            return None
-        values = [self.constant(each) for each in node.input]
-        if any(value is None for value in values):
-            return None
-        if node.op_type == "Concat":
-            return np.concatenate([np.atleast_1d(value) for value in values])
-        return np.asarray(values[0]).reshape(-1) if node.op_type != "Cast" else values[0]
-
-    def ancestors(self, name: str) -> set[str]:
-        """Everything that a tensor is computed of, itself included."""
-        seen = {name}
-        stack = [name]
-        while stack:
-            node = self.producers.get(stack.pop())
-            for each in node.input if node is not None else ():
-                if each and each not in seen:
-                    seen.add(each)
-                    stack.append(each)
-        return seen
-
-
-def attribute(node: Any, name: str, default: Any = None) -> Any:
-    """A node's attribute as a Python value."""
-    import onnx
-
-    for each in node.attribute:
-        if each.name == name:
-            return onnx.helper.get_attribute_value(each)
-    return default
+            index.shapes[node.output[0]] = list(constant_value(node).shape)
+    return index
 
 
 def _size(shape: Shape) -> Dim:
     if all(isinstance(size, int) for size in shape):
         return math.prod(map(int, shape))
     return product(*shape)
-
-
-def _constant_value(node: Any) -> Any:
-    import onnx
-
-    value = onnx.helper.get_attribute_value(node.attribute[0])
-    return onnx.numpy_helper.to_array(value) if hasattr(value, "dims") else np.asarray(value)
 
 
 @functools.cache

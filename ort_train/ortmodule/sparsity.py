@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.graph import GraphIndex
 from ort_train.ortmodule.ignored_labels import LOSS, WAY_OUT, leave_out_labels, trace_loss
 from ort_train.ortmodule.padding import Padding
 from ort_train.ortmodule.rewriting import Rewriter
-from ort_train.ortmodule.rows import PRODUCTS, GraphIndex
+from ort_train.ortmodule.rows import PRODUCTS
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.triton_config import FusionConfig
 
 _REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum")
@@ -25,23 +26,11 @@ class _Graph:
     def __init__(self, model: Any):
         self.nodes = _in_topological_order(model.graph)
         self.opsets = {entry.domain or "": entry.version for entry in model.opset_import}
-        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.values = {
-            value.name: value
-            for group in (model.graph.value_info, model.graph.input, model.graph.output)
-            for value in group
-        }
-        #: value -> number of edges to its consumers; to be an output of the graph is no edge.
-        self.num_uses = Counter(name for node in self.nodes for name in node.input if name)
-
-    def rank(self, name: str) -> int | None:
-        value = self.values.get(name)
-        if value is None or not value.type.tensor_type.HasField("shape"):
-            return None
-        return len(value.type.tensor_type.shape.dim)
+        self.index = GraphIndex(model.graph)
 
     def num_edges(self, node: Any) -> int:
-        return sum(self.num_uses[name] for name in node.output if name)
+        """To its consumers; to be an output of the graph is no edge."""
+        return sum(map(self.index.num_reads, node.output))
 
 
 def _in_topological_order(graph: Any) -> list[Any]:
@@ -68,19 +57,17 @@ def _reduces(graph: _Graph, node: Any, expected: list[int]) -> bool:
     """Whether a reduction's constant axes are the expected ones."""
     import onnx
 
-    from ort_train.ortmodule.rows import attribute
-
     axes = attribute(node, "axes")
     if axes is None:
-        tensor = graph.initializers.get(node.input[1]) if len(node.input) == 2 else None
+        tensor = graph.index.initializers.get(node.input[1]) if len(node.input) == 2 else None
         if tensor is None:
             return False
         axes = onnx.numpy_helper.to_array(tensor).tolist()
     if any(axis < 0 for axis in (*axes, *expected)):
-        rank = graph.rank(node.input[0])
-        if rank is None:
+        shape = graph.index.shapes.get(node.input[0])
+        if shape is None:
             return False
-        axes, expected = ([a % rank for a in each] for each in (axes, expected))
+        axes, expected = ([a % len(shape) for a in each] for each in (axes, expected))
     return sorted(axes) == sorted(expected)
 
 
@@ -161,7 +148,7 @@ def _partitions(graph: _Graph, config: FusionConfig) -> list[list[Any]]:
 
 def _goes_inside(graph: _Graph, node: Any, name: str, config: FusionConfig) -> bool:
     """Whether a constant becomes part of the subgraph instead of its input."""
-    tensor = graph.initializers.get(name)
+    tensor = graph.index.initializers.get(name)
     if tensor is None or config.initializer == "none":
         return False
     is_axes = node.op_type in _REDUCTIONS and len(node.input) >= 2 and node.input[1] == name
@@ -178,17 +165,18 @@ def _subgraph(graph: _Graph, nodes: list[Any], config: FusionConfig) -> Any:
     for node in nodes:
         for name in node.input:
             if name and _goes_inside(graph, node, name, config):
-                constants[name] = graph.initializers[name]
+                constants[name] = graph.index.initializers[name]
             elif name and name not in made and name not in inputs:
                 inputs.append(name)
+    num_uses = graph.index.num_reads
     outputs = [
         name
         for node in nodes
         for name in node.output
-        if name and (not graph.num_uses[name] or graph.num_uses[name] > uses_inside[name])
+        if name and (not num_uses(name) or num_uses(name) > uses_inside[name])
     ]
-    values = [graph.values.get(name) or _constant_info(graph, name) for name in inputs]
-    typed = [graph.values.get(name) or onnx.ValueInfoProto(name=name) for name in outputs]
+    values = [graph.index.infos.get(name) or _constant_info(graph, name) for name in inputs]
+    typed = [graph.index.infos.get(name) or onnx.ValueInfoProto(name=name) for name in outputs]
     proto = onnx.helper.make_graph(nodes, "fused", values, typed, list(constants.values()))
     opsets = [onnx.helper.make_opsetid(*entry) for entry in graph.opsets.items()]
     return onnx.helper.make_model(proto, opset_imports=opsets, ir_version=8)
@@ -197,7 +185,7 @@ def _subgraph(graph: _Graph, nodes: list[Any], config: FusionConfig) -> Any:
 def _constant_info(graph: _Graph, name: str) -> Any:
     import onnx
 
-    tensor = graph.initializers.get(name)
+    tensor = graph.index.initializers.get(name)
     if tensor is None:
         return onnx.ValueInfoProto(name=name)
     return onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
