@@ -19,7 +19,7 @@ from trained_graphs import graph_of, operators
 
 from ort_train import OrtOptions, wrap
 from ort_train.ortmodule import bf16_values, onednn, products
-from ort_train.ortmodule.aten import operator_name
+from ort_train.ortmodule.aten import BF16_SUFFIX, operator_name
 
 pytestmark = pytest.mark.skipif(
     not onednn.has_bf16(), reason="this CPU doesn't multiply in bf16: products are emulated, slowly"
@@ -83,7 +83,7 @@ def test_no_product_is_rounded_that_only_products_read(model_type: str) -> None:
     assert not any("product" in name or "relu" in name for name in sources), sources
     assert "ort_train::cross_entropy_mean_grad" not in sources
     names = operators(model)
-    assert any(name.endswith(bf16_values.SUFFIX) for name in names)
+    assert any(name.endswith(BF16_SUFFIX) for name in names)
 
 
 class Layers(torch.nn.Module):

@@ -1,4 +1,5 @@
-"""GELU with tanh as one node, and gradients of GELU and ReLU that torch computes.
+"""GELU with tanh as one node, gradients of GELU and ReLU that torch computes, and what it computes
+where values stay in bf16 (bf16_values.py).
 
 ONNX Runtime's own kernels of these gradients (`activations_grad.cc`) run on one thread. There
 torch's take a ninth of their time for GELU with tanh, which GPT-2 has (1.4 of 13.4 ms for 786k
@@ -30,42 +31,83 @@ def gelu(g: Any, self: Any, approximate: Any) -> Any:
 
 # --- What torch runs
 
+GELU_GRAD, GELU_TANH_GRAD = "ort_train::gelu_grad", "ort_train::gelu_tanh_grad"
+_GELU, _GELU_TANH = "ort_train::gelu", "ort_train::gelu_tanh"
+_RELU, _RELU_GRAD = "ort_train::relu", "ort_train::relu_grad"
+_SILU, SILU_GRAD = "ort_train::silu", "ort_train::silu_grad"
 
-def _argument(grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """In the gradient's type: either may have stayed in bf16 (bf16_values.py)."""
-    return (input if bias is None else input + bias).to(grad.dtype)
+
+def _sum(input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return input if bias is None else input + bias
 
 
-@direct("ort_train::gelu_grad")
+@direct(_GELU)
+def _gelu(input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.gelu(_sum(input, bias)).to(input.dtype)
+
+
+@direct(GELU_GRAD)
 def _gelu_grad(
     grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Of gelu(input + bias), with respect to its argument."""
-    return torch.ops.aten.gelu_backward(grad, _argument(grad, input, bias))
+    """Of gelu(input + bias), with respect to its argument.
+
+    In the gradient's type: either may have stayed in bf16 (bf16_values.py).
+    """
+    return torch.ops.aten.gelu_backward(grad, _sum(input, bias).to(grad.dtype))
 
 
-@direct("ort_train::gelu_tanh_grad")
+@direct(_GELU_TANH)
+def _gelu_tanh(input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.gelu(_sum(input, bias), approximate="tanh").to(input.dtype)
+
+
+@direct(GELU_TANH_GRAD)
 def _gelu_tanh_grad(
     grad: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The same of GELU's approximation by tanh."""
-    argument = _argument(grad, input, bias)
+    argument = _sum(input, bias).to(grad.dtype)
     return torch.ops.aten.gelu_backward(grad, argument, approximate="tanh")
 
 
-@direct("ort_train::relu_grad")
+@direct(_RELU)
+def _relu(input: torch.Tensor) -> torch.Tensor:
+    return torch.relu(input)
+
+
+@direct(_RELU_GRAD)
 def _relu_grad(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.threshold_backward(grad, output.to(grad.dtype), 0)
 
 
+@direct(_SILU)
+def _silu(input: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(input)
+
+
+@direct(SILU_GRAD)
+def _silu_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.silu_backward(grad, input)
+
+
 # --- The graph
 
-_OPERATORS = {
-    "ReluGrad": "ort_train::relu_grad",
-    "GeluGrad": "ort_train::gelu_grad",
-    "BiasGeluGrad_dX": "ort_train::gelu_grad",
-    "FastGeluGrad": "ort_train::gelu_tanh_grad",
-    "BiasFastGeluGrad_dX": "ort_train::gelu_tanh_grad",
+#: By ONNX Runtime's operators, which torch runs on bf16 alone. QuickGelu with alpha = 1 is SiLU.
+FORWARD = {
+    "Relu": _RELU,
+    "Gelu": _GELU,
+    "BiasGelu": _GELU,
+    "FastGelu": _GELU_TANH,
+    "QuickGelu": _SILU,
+}
+#: By ONNX Runtime's operators, which torch runs always.
+GRADIENTS = {
+    "ReluGrad": _RELU_GRAD,
+    "GeluGrad": GELU_GRAD,
+    "BiasGeluGrad_dX": GELU_GRAD,
+    "FastGeluGrad": GELU_TANH_GRAD,
+    "BiasFastGeluGrad_dX": GELU_TANH_GRAD,
 }
 
 
@@ -77,9 +119,9 @@ def replace(graph: Any) -> None:
     """
     written: list[str] = []
     for index, node in enumerate(graph.node):
-        if node.op_type not in _OPERATORS:
+        if node.op_type not in GRADIENTS:
             continue
-        operator = _OPERATORS[node.op_type]
+        operator = GRADIENTS[node.op_type]
         graph.node[index].CopyFrom(aten_node(operator, node.input, node.output, node.name))
         written.append(node.output[0])
     declare(graph, written)

@@ -25,6 +25,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: Of the nodes that torch runs.
 ATEN_DOMAIN = "org.pytorch.aten"
+#: At the end of the name of an operator of ours that hands on bf16, where another hands on fp32.
+BF16_SUFFIX = "_in_bf16"
 
 # As objects of ctypes, which a call passes on as they are.
 _CAPSULE_NAME = ctypes.c_char_p(b"dltensor")

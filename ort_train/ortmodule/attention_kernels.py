@@ -14,8 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ort_train.ortmodule import bf16_values
-from ort_train.ortmodule.aten import direct
+from ort_train.ortmodule.aten import BF16_SUFFIX, direct
 
 #: What the exporter writes, by whether there is a mask.
 OPERATORS = {False: "ort_train::attention", True: "ort_train::masked_attention"}
@@ -182,7 +181,7 @@ def _define(name: str, suffix: str, dtype: torch.dtype) -> None:
 
 for _name in OPERATORS.values():
     _define(_name, "", torch.float32)
-    _define(_name, bf16_values.SUFFIX, torch.bfloat16)
+    _define(_name, BF16_SUFFIX, torch.bfloat16)
 
 
 def _as_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -14,51 +14,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ort_train.ortmodule.aten import aten_node, direct, operator_name, rename_operator
+from ort_train.ortmodule import activations, attention_kernels, output_gradients
+from ort_train.ortmodule.aten import (
+    BF16_SUFFIX,
+    aten_node,
+    direct,
+    operator_name,
+    rename_operator,
+)
 from ort_train.ortmodule.graph import GraphIndex, attribute, declare
 
-#: Appended to the name of an operator that hands on bf16 in place of fp32.
-SUFFIX = "_in_bf16"
-_SUM_ROWS = "ort_train::sum_rows"
+_MUL, _MASKED, _SUM_ROWS = "ort_train::mul", "ort_train::masked", "ort_train::sum_rows"
 
 
 # --- What torch runs
 
 
-@direct("ort_train::relu")
-def _relu(input: torch.Tensor) -> torch.Tensor:
-    return torch.relu(input)
-
-
-@direct("ort_train::gelu")
-def _gelu(input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    argument = input if bias is None else input + bias
-    return torch.nn.functional.gelu(argument).to(input.dtype)
-
-
-@direct("ort_train::gelu_tanh")
-def _gelu_tanh(input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    argument = input if bias is None else input + bias
-    return torch.nn.functional.gelu(argument, approximate="tanh").to(input.dtype)
-
-
-@direct("ort_train::silu")
-def _silu(input: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.silu(input)
-
-
-@direct("ort_train::silu_grad")
-def _silu_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.silu_backward(grad, input)
-
-
-@direct("ort_train::mul")
+@direct(_MUL)
 def _mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Of the first's type; a number is multiplied by in fp32, when it has no axis."""
     return a * (b.reshape(()) if b.numel() == 1 else b)
 
 
-@direct("ort_train::masked")
+@direct(_MASKED)
 def _masked(mask: torch.Tensor, value: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     return torch.where(mask.view(torch.bool), value.reshape(()), input)
 
@@ -90,23 +68,10 @@ class _Passing(NamedTuple):
 
 
 _MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split")
-_UNARY = {
-    "Relu": "ort_train::relu",
-    "Gelu": "ort_train::gelu",
-    "BiasGelu": "ort_train::gelu",
-    "FastGelu": "ort_train::gelu_tanh",
-    "QuickGelu": "ort_train::silu",
-}
-#: Gradients that torch runs (activations.py, output_gradients.py): of the type of what they are
-#: given first.
-_GRADIENTS = (
-    "ort_train::relu_grad",
-    "ort_train::gelu_grad",
-    "ort_train::gelu_tanh_grad",
-    "ort_train::sum_of_gradients",
-)
+#: Gradients that torch runs: of the type of what they are given first.
+_GRADIENTS = frozenset({*activations.GRADIENTS.values(), output_gradients.ADD})
 #: What they read may be of either type, and their outputs are of one.
-_ATTENTION_GRADIENTS = ("ort_train::attention_grad", "ort_train::masked_attention_grad")
+_ATTENTION_GRADIENTS = frozenset(attention_kernels.GRADIENTS.values())
 
 
 def _is_number(index: GraphIndex, name: str) -> bool:
@@ -124,13 +89,13 @@ def _passing(index: GraphIndex, node: Any) -> _Passing | None:
     if kind in ("QuickGelu", "QuickGeluGrad") and attribute(node, "alpha", 1.702) != 1.0:
         return None
     if kind == "QuickGeluGrad":
-        return _Passing((0, 1), "ort_train::silu_grad")
-    if kind in _UNARY:
-        return _Passing((0,), _UNARY[kind])
+        return _Passing((0, 1), activations.SILU_GRAD)
+    if kind in activations.FORWARD:
+        return _Passing((0,), activations.FORWARD[kind])
     if kind in _GRADIENTS:
         return _Passing((0,), kind)
     if kind == "Where" and _is_number(index, node.input[1]):
-        return _Passing((2,), "ort_train::masked")
+        return _Passing((2,), _MASKED)
     if kind == "Mul":
         return _multiplying(index, node)
     return None
@@ -140,17 +105,18 @@ def _multiplying(index: GraphIndex, node: Any) -> _Passing | None:
     a, b = node.input
     for data, number in ((0, 1), (1, 0)):
         if _is_number(index, node.input[number]) and not _is_number(index, node.input[data]):
-            return _Passing((data,), "ort_train::mul", (data, number))
+            return _Passing((data,), _MUL, (data, number))
     shape = index.shapes.get(a)
     if shape is None or shape != index.shapes.get(b) or 0 in shape:
         return None
-    return _Passing((0, 1), "ort_train::mul")
+    return _Passing((0, 1), _MUL)
 
 
 def _takes(index: GraphIndex, node: Any) -> bool:
     """Whether a node that doesn't pass it on reads a value in bf16 as well."""
-    kinds = ("Shape", *_GRADIENTS, *_ATTENTION_GRADIENTS)
-    return operator_name(node) in kinds or _sums_rows(index, node)
+    kind = operator_name(node)
+    is_gradient = kind in _GRADIENTS or kind in _ATTENTION_GRADIENTS
+    return is_gradient or kind == "Shape" or _sums_rows(index, node)
 
 
 def _sums_rows(index: GraphIndex, node: Any) -> bool:
@@ -194,7 +160,7 @@ def keep(proto: Any, is_rounding: _Test, can_hand_on: _Test) -> int:
         proto: onnx.GraphProto of forward and backward, changed in place.
         is_rounding: of a node, whether it rounds to bf16.
         can_hand_on: whether it computes what can be had in bf16, by the operator whose name has
-            SUFFIX at its end.
+            BF16_SUFFIX at its end.
 
     Returns:
         how many roundings are left out
@@ -209,8 +175,8 @@ def keep(proto: Any, is_rounding: _Test, can_hand_on: _Test) -> int:
             groups.join(node.output)
     wanted = {groups.of(node.input[0]) for node in proto.node if is_rounding(node)}
     for name in {*index.producers, *index.reads}:
-        is_free = groups.of(name) not in wanted
-        if not (is_free or _can_be_bf16(index, name, is_rounding, can_hand_on)):
+        is_wanted = groups.of(name) in wanted
+        if is_wanted and not _can_be_bf16(index, name, is_rounding, can_hand_on):
             wanted.remove(groups.of(name))
     kept = {name for name in index.producers if groups.of(name) in wanted}
     return _set(index, kept, is_rounding, can_hand_on)
@@ -244,7 +210,7 @@ def _set(index: GraphIndex, kept: set[str], is_rounding: _Test, can_hand_on: _Te
         if passing is not None and node.output[0] in kept:
             node = _passed_on(node, passing)
         elif can_hand_on(node) and node.output[0] in kept:
-            rename_operator(node, operator_name(node) + SUFFIX)
+            rename_operator(node, operator_name(node) + BF16_SUFFIX)
         elif node.op_type == "ReduceSum" and node.input[0] in kept:
             node = aten_node(_SUM_ROWS, node.input[:1], node.output, node.name)
             summed.append(node.output[0])

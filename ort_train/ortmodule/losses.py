@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule import bf16_values, memory
-from ort_train.ortmodule.aten import aten_node, direct
+from ort_train.ortmodule import memory
+from ort_train.ortmodule.aten import BF16_SUFFIX, aten_node, direct
 from ort_train.ortmodule.graph import GraphIndex, attribute
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
@@ -54,7 +54,7 @@ def _define(name: str, reduction: int) -> None:
         result = memory.empty(*log_probs.shape, dtype=log_probs.dtype)
         return _write_gradient(result, log_probs, *weights(grad, labels, ignore_index))
 
-    @direct(f"ort_train::cross_entropy_{name}_grad{bf16_values.SUFFIX}")
+    @direct(f"ort_train::cross_entropy_{name}_grad{BF16_SUFFIX}")
     def backward_in_bf16(
         grad: torch.Tensor,
         log_probs: torch.Tensor,

@@ -13,8 +13,8 @@ import math
 
 import torch
 
-from ort_train.ortmodule import bf16_values, memory, onednn, rounded_weights
-from ort_train.ortmodule.aten import direct
+from ort_train.ortmodule import memory, onednn, rounded_weights
+from ort_train.ortmodule.aten import BF16_SUFFIX, direct
 
 ROUND = "ort_train::to_bf16"
 #: A product in bf16 is computed and widened in parts of so many entries, but so many rows at least,
@@ -151,8 +151,8 @@ def operator(kind: str, a_t: bool, b_t: bool) -> str:
 for _a_t, _b_t in itertools.product((False, True), repeat=2):
     for _name, _function in (
         (operator("product", _a_t, _b_t), _product),
-        (operator("product", _a_t, _b_t) + bf16_values.SUFFIX, _product_in_bf16),
+        (operator("product", _a_t, _b_t) + BF16_SUFFIX, _product_in_bf16),
         (operator("batched_product", _a_t, _b_t), _batched_product),
-        (operator("batched_product", _a_t, _b_t) + bf16_values.SUFFIX, _batched_product_in_bf16),
+        (operator("batched_product", _a_t, _b_t) + BF16_SUFFIX, _batched_product_in_bf16),
     ):
         direct(_name)(functools.partial(_function, a_t=_a_t, b_t=_b_t))

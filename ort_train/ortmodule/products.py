@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule import (
+    activations,
     attention_kernels,
     bf16_values,
     embeddings,
@@ -46,8 +47,8 @@ _UNKNOWN = 512
 _WITH_BIAS = {
     "BiasGelu": "Gelu",
     "FastGelu": "FastGelu",
-    "ort_train::gelu_grad": "ATen",
-    "ort_train::gelu_tanh_grad": "ATen",
+    activations.GELU_GRAD: "ATen",
+    activations.GELU_TANH_GRAD: "ATen",
 }
 #: Attention as one node, and its gradient -> how many of its inputs, the first, are factors.
 _NUM_FACTORS = {
@@ -273,7 +274,7 @@ def _is_rounding(node: Any) -> bool:
 
 
 def _can_hand_on(node: Any) -> bool:
-    """Whether an operator of the same name with bf16_values.SUFFIX hands on bf16."""
+    """Whether an operator of the same name with BF16_SUFFIX hands on bf16."""
     name = operator_name(node)
     is_loss = name.startswith("ort_train::cross_entropy_") and name.endswith("_grad")
     is_product = name.startswith(("ort_train::product_", "ort_train::batched_product_"))
