@@ -264,7 +264,7 @@ def test_matmul_bnb4_is_refused_in_any_graph() -> None:
 
     node = helper.make_node("MatMulBnb4", ["a", "b", "c"], ["y"], domain="com.microsoft")
     with pytest.raises(UnsupportedModelError, match="gradient is wrong"):
-        quantized._decode_beside_products(helper.make_graph([node], "graph", [], []))
+        quantized.decode_beside_products(helper.make_graph([node], "graph", [], []))
 
 
 def test_pins_upstreams_transposed_matmul_bnb4() -> None:

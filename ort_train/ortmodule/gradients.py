@@ -12,7 +12,12 @@ import functools
 import importlib
 from typing import NamedTuple
 
-from ort_train.ortmodule import attention_kernels, graph, operators  # noqa: F401  # the gradients' operators
+from ort_train.ortmodule import (
+    attention_kernels,
+    graph,
+    operators,  # noqa: F401  # the gradients' operators
+    quantized,
+)
 from ort_train.ortmodule.aten import ATEN_DOMAIN
 
 
@@ -47,6 +52,7 @@ _GRADIENTS = {
     "ort_train::pack_rows": _Gradient(("ort_train::unpack_rows",), (1, 2)),
     "ort_train::unpack_rows": _Gradient(("ort_train::pack_rows",), (1, 2)),
     "ort_train::index_sum": _Gradient(("index_select",), (1, 2)),
+    quantized.FORWARD: _Gradient((quantized.MARKER,), (1,)),
     **{
         name: _Gradient(
             (attention_kernels.GRADIENTS[name],),
@@ -68,6 +74,7 @@ _STOPPED = {
     "ort_train::row_positions": {0, 1},
     "ort_train::unsliced_rows": {0, 1, 2, 3},
     "ort_train::index_sum": {2, 3},
+    quantized.FORWARD: {1, 2, 7, 8, 9},  # all tensors but the input
     "histc": {0},
     attention_kernels.OPERATORS[False]: {3, 4},
     attention_kernels.OPERATORS[True]: {3, 4, 5},

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-import importlib
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -297,19 +295,13 @@ _settings: contextvars.ContextVar[tuple[str, bool] | None]
 _settings = contextvars.ContextVar("settings", default=None)
 
 
-def _replace_where_wanted(proto: Any) -> None:
+def replace_where_wanted(proto: Any) -> None:
+    """:func:`replace`, where the graph is built within an :func:`export_scope` that asks for it."""
     settings = _settings.get()
     if settings is not None:
         precision, keep_rounded = settings
         num_products = replace(proto, precision == "bf16", keep_rounded)
         logger.info("%d matrix products by oneDNN in %s", num_products, precision)
-
-
-@functools.cache
-def _register() -> None:
-    """With ORTModule, for the life of the process; last, so that it meets all products."""
-    registry = importlib.import_module("onnxruntime.training.ortmodule.graph_optimizer_registry")
-    registry.register_graph_optimizer(devices="cpu", priority=-1)(_replace_where_wanted)
 
 
 @contextlib.contextmanager
@@ -332,7 +324,6 @@ def export_scope(library: str, precision: str, keep_rounded: bool) -> Iterator[N
                 f"products='onednn' can't be had: {reason}; leave it at 'auto', or set "
                 "'onnxruntime'"
             )
-    _register()
     is_on = precision == "bf16" or (library != "onnxruntime" and reason is None)
     token = _settings.set((precision, keep_rounded) if is_on else None)
     try:

@@ -13,7 +13,6 @@ twenty times as slowly on a CPU with AVX-512, and its gradient there is wrong: a
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -22,13 +21,13 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule.aten import ATEN_DOMAIN, aten_node, direct, operator_name
+from ort_train.ortmodule.aten import aten_node, direct, operator_name
 from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.nodes import aten, constant, sizes_of, typed
 
-_FORWARD = "ort_train::linear_4bit"
+FORWARD = "ort_train::linear_4bit"
 #: Marks in the gradient graph where the gradient of a layer's input is wanted.
-_MARKER = "ort_train::linear_4bit_input_grad"
+MARKER = "ort_train::linear_4bit_input_grad"
 #: An ATen node that decodes a weight, in the type of its first input.
 DECODE = "ort_train::dequantize_4bit"
 #: Where num_rows and num_columns stand among a node's inputs.
@@ -158,7 +157,7 @@ def linear_4bit(
 
 def _symbolic(g: Any, input: Any, *settings: Any) -> Any:
     is_double = sizes_of(settings[6]) is not None
-    output = aten(g, _FORWARD, input, *(settings if is_double else settings[:6]))
+    output = aten(g, FORWARD, input, *(settings if is_double else settings[:6]))
     sizes = sizes_of(input)
     num_rows = constant(settings[4], "i", "num_rows")
     return typed(output, input, None if sizes is None else [*sizes[:-1], num_rows])
@@ -167,7 +166,7 @@ def _symbolic(g: Any, input: Any, *settings: Any) -> Any:
 # --- The gradient graph
 
 
-def _decode_beside_products(graph: Any) -> None:
+def decode_beside_products(graph: Any) -> None:
     """Each layer, and each gradient of one, as decoding and product.
 
     Args:
@@ -183,13 +182,15 @@ def _decode_beside_products(graph: Any) -> None:
             "the graph holds a MatMulBnb4, whose gradient is wrong on CPUs: call "
             "bitsandbytes.matmul_4bit, or a Linear4bit, in place of MatMul4Bit.apply"
         )
-    forward = {node.input[1]: node for node in graph.node if operator_name(node) == _FORWARD}
+    forward = {node.input[1]: node for node in graph.node if operator_name(node) == FORWARD}
+    if not forward:
+        return
     index = GraphIndex(graph)
     constants = _integers(index)
     nodes = []
     for node in graph.node:
         operator = operator_name(node)
-        if operator not in (_FORWARD, _MARKER):
+        if operator not in (FORWARD, MARKER):
             nodes.append(node)
             continue
         factor, packed = node.input[:2]
@@ -208,7 +209,7 @@ def _decode_beside_products(graph: Any) -> None:
                 [result],
                 name=f"{result}/product",
                 domain="com.microsoft",
-                transB=int(operator == _FORWARD),
+                transB=int(operator == FORWARD),
             )
         )
     del graph.node[:]
@@ -229,25 +230,6 @@ def _integers(index: GraphIndex) -> dict[str, int]:
         for name, tensor in tensors.items()
         if tensor.data_type == int64 and not tensor.dims
     }
-
-
-@functools.cache
-def _register_gradient() -> None:
-    """With ONNX Runtime, for the life of the process."""
-    package = "onnxruntime.training.ortmodule"
-    registry = importlib.import_module(f"{package}._custom_gradient_registry")
-    optimizers = importlib.import_module(f"{package}.graph_optimizer_registry")
-    native = importlib.import_module("onnxruntime.capi._pybind_state")
-    marker = (
-        ("ATen", ATEN_DOMAIN),
-        ["GO(0)", "I(1)"],
-        ["GI(0)"],
-        {"operator": {"value": _MARKER, "dtype": "string"}},
-    )
-    key = f"{ATEN_DOMAIN}::ATen::{_FORWARD}::"
-    native.register_gradient_definition(key, registry._to_gradient_definition([marker]))
-    native.register_custom_stop_gradient_edges(key, {1, 2, 7, 8, 9})  # all tensors but the input
-    optimizers.register_graph_optimizer()(_decode_beside_products)
 
 
 # --- The export
@@ -364,8 +346,7 @@ def export_scope(module: torch.nn.Module, opset: int) -> Iterator[None]:
         yield
         return
     bitsandbytes: Any = sys.modules["bitsandbytes"]
-    _register_gradient()
-    torch.onnx.register_custom_op_symbolic(_FORWARD, _symbolic, opset)
+    torch.onnx.register_custom_op_symbolic(FORWARD, _symbolic, opset)
     original: Callable[..., torch.Tensor] = bitsandbytes.matmul_4bit
     bitsandbytes.matmul_4bit = _matmul_4bit
     try:
