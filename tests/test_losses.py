@@ -18,17 +18,22 @@ def run(name: str, *inputs: Any) -> Any:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("ignored", [-100, 7])
-@pytest.mark.parametrize("kept", ["all", "some", "none"])
-def test_as_torchs(reduction: str, ignored: int, kept: str):
+@pytest.mark.parametrize("kept", ["all", "some", "none", "no rows"])
+@pytest.mark.parametrize("part_entries", [2**20, 10 * 501, 1], ids=["whole", "parts", "rows"])
+def test_as_torchs(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, ignored: int, kept: str, part_entries: int
+):
+    monkeypatch.setattr(losses, "_PART_ENTRIES", part_entries)
     generator = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn(64, 501, generator=generator)).requires_grad_()
-    labels = torch.randint(8, 501, (64,), generator=generator)
-    if kept != "all":
+    num_rows = 0 if kept == "no rows" else 64
+    logits = (4 * torch.randn(num_rows, 501, generator=generator)).requires_grad_()
+    labels = torch.randint(8, 501, (num_rows,), generator=generator)
+    if kept in ("some", "none"):
         labels[:: 1 if kept == "none" else 3] = ignored
     index = [] if ignored == -100 else [torch.tensor(ignored)]
-    loss, log_probs = run(f"cross_entropy_{reduction}", logits, labels, *index)
+    loss = run(f"cross_entropy_{reduction}", logits, labels, *index)
     factor = torch.tensor(1.7)
-    gradient = run(f"cross_entropy_{reduction}_grad", factor, log_probs, labels, *index)
+    gradient = run(f"cross_entropy_{reduction}_grad", factor, logits, labels, *index)
 
     expected = torch.nn.functional.cross_entropy(
         logits, labels, ignore_index=ignored, reduction=reduction

@@ -5,6 +5,7 @@ ONNX Runtime's (`SoftmaxCrossEntropyLossInternal` and its gradient) runs on one 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,74 +16,89 @@ from ort_train.ortmodule.graph import GraphIndex, attribute
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"
-_REDUCTIONS = {b"mean": 1, b"sum": 2}  # at::Reduction
-#: Of a gradient in bf16, so many entries are computed in fp32 and rounded while the cache has them.
-_ROUNDED_ENTRIES = 2**20
+_REDUCTIONS = (b"mean", b"sum")
+_nll_loss = torch.ops.aten.nll_loss_forward.default
+#: So many entries are computed while the cache has them; more calls than that cost more.
+_PART_ENTRIES = 2**20
+_SUM = 2  # at::Reduction
 
 
-def _define(name: str, reduction: int) -> None:
+def _ignored(ignore_index: torch.Tensor | None) -> int:
+    return -100 if ignore_index is None else int(ignore_index)
+
+
+def _parts(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows, at least once, and room for as many in fp32, which is used again."""
+    num_rows = max(1, _PART_ENTRIES // max(1, logits.shape[1]))
+    room = torch.empty_like(logits[:num_rows])
+    for first in range(0, max(1, len(logits)), num_rows):
+        part = slice(first, min(first + num_rows, len(logits)))
+        yield part, room[: part.stop - first]
+
+
+def _define(name: str) -> None:
     @direct(f"ort_train::cross_entropy_{name}")
     def forward(
         logits: torch.Tensor, labels: torch.Tensor, ignore_index: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, C) and (N,) to the loss and (N, C) logarithms of probabilities."""
-        log_probs = memory.empty(*logits.shape, dtype=logits.dtype)
-        torch.log_softmax(logits, -1, out=log_probs)
-        ignored = -100 if ignore_index is None else int(ignore_index)
-        loss, _ = torch.ops.aten.nll_loss_forward(log_probs, labels, None, reduction, ignored)
-        return loss, log_probs
+    ) -> torch.Tensor:
+        """(N, C) and (N,) to the loss.
 
-    def weights(
-        grad: torch.Tensor, labels: torch.Tensor, ignore_index: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 1) labels, 0 for ignored ones, and (N, 1) factors of the rows' gradients."""
-        is_kept = labels != (-100 if ignore_index is None else int(ignore_index))
+        Nothing of the logits' size is written: what the gradient needs it computes again, in less
+        time than memory takes to give it.
+        """
+        sums = []
+        for part, room in _parts(logits):
+            torch.log_softmax(logits[part], -1, out=room)
+            sums.append(_nll_loss(room, labels[part], None, _SUM, _ignored(ignore_index)))
+        total, count = (torch.stack(each).sum() for each in zip(*sums, strict=True))
+        return total / count if name == "mean" else total
+
+    def write_gradient(
+        result: torch.Tensor,
+        grad: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        ignore_index: torch.Tensor | None,
+    ) -> torch.Tensor:
+        is_kept = labels != _ignored(ignore_index)
+        label = torch.where(is_kept, labels, 0)[:, None]
         scale = grad.reshape(()) / (is_kept.sum() if name == "mean" else 1)
-        return torch.where(is_kept, labels, 0)[:, None], torch.where(is_kept, scale, 0.0)[:, None]
+        weight = torch.where(is_kept, scale, 0.0)[:, None]
+        is_rounded = result.dtype != logits.dtype
+        for part, room in _parts(logits):
+            rows = room if is_rounded else result[part]
+            torch.softmax(logits[part], -1, out=rows)
+            rows.scatter_add_(1, label[part], rows.new_full((1, 1), -1.0).expand(len(rows), 1))
+            rows.mul_(weight[part])
+            if is_rounded:
+                result[part] = rows
+        return result
 
     @direct(f"ort_train::cross_entropy_{name}_grad")
     def backward(
         grad: torch.Tensor,
-        log_probs: torch.Tensor,
+        logits: torch.Tensor,
         labels: torch.Tensor,
         ignore_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Gradient with respect to the logits, (N, C).
-
-        Written in one tensor of that size: torch's own two steps need another one.
-        """
-        result = memory.empty(*log_probs.shape, dtype=log_probs.dtype)
-        return _write_gradient(result, log_probs, *weights(grad, labels, ignore_index))
+        """Gradient with respect to the logits, (N, C)."""
+        result = memory.empty(*logits.shape, dtype=logits.dtype)
+        return write_gradient(result, grad, logits, labels, ignore_index)
 
     @direct(f"ort_train::cross_entropy_{name}_grad{BF16_SUFFIX}")
     def backward_in_bf16(
         grad: torch.Tensor,
-        log_probs: torch.Tensor,
+        logits: torch.Tensor,
         labels: torch.Tensor,
         ignore_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same, rounded."""
-        label, weight = weights(grad, labels, ignore_index)
-        result = memory.empty(*log_probs.shape, dtype=torch.bfloat16)
-        num_rows = max(1, _ROUNDED_ENTRIES // max(1, log_probs.shape[1]))
-        exact = torch.empty_like(log_probs[:num_rows])
-        for first in range(0, len(log_probs), num_rows):
-            part = slice(first, first + num_rows)
-            rows = exact[: len(label[part])]
-            result[part] = _write_gradient(rows, log_probs[part], label[part], weight[part])
-        return result
+        result = memory.empty(*logits.shape, dtype=torch.bfloat16)
+        return write_gradient(result, grad, logits, labels, ignore_index)
 
 
-def _write_gradient(
-    result: torch.Tensor, log_probs: torch.Tensor, label: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    torch.exp(log_probs, out=result)
-    result.scatter_add_(1, label, result.new_full((1, 1), -1.0).expand(label.shape))
-    return result.mul_(weight)
-
-
-for _name, _reduction in _REDUCTIONS.items():
-    _define(_name.decode(), _reduction)
+for _name in _REDUCTIONS:
+    _define(_name.decode())
 
 
 def replace(graph: Any) -> None:
@@ -91,21 +107,30 @@ def replace(graph: Any) -> None:
     Args:
         graph: onnx.GraphProto of forward and backward, changed in place.
     """
-    shapes = GraphIndex(graph).shapes
-    taken: set[str] = set()  # names of the logarithms
-    for index, node in enumerate(graph.node):
+    index = GraphIndex(graph)
+    logits_of: dict[str, str] = {}  # by the name of the logarithms of their probabilities
+    for position, node in enumerate(graph.node):
         reduction = attribute(node, "reduction", b"mean")
         if node.op_type == _FORWARD:
-            scores, labels, weight, ignored = [*node.input, "", ""][:4]
-            if len(shapes.get(scores, ())) != 2 or weight or reduction not in _REDUCTIONS:
+            logits, labels, weight, ignored = [*node.input, "", ""][:4]
+            log_probs = node.output[1]
+            readers = index.consumers(log_probs)
+            is_free = log_probs not in index.outputs and all(map(_is_gradient, readers))
+            if len(index.shapes.get(logits, ())) != 2 or weight or reduction not in _REDUCTIONS:
                 continue
-            taken.add(node.output[1])
-            suffix, inputs = "", [scores, labels, ignored]
-        elif node.op_type == _BACKWARD and node.input[1] in taken and len(node.input) < 6:
+            if not is_free:
+                continue
+            logits_of[log_probs] = logits
+            suffix, inputs = "", [logits, labels, ignored]
+        elif _is_gradient(node) and node.input[1] in logits_of:
             grad, log_probs, labels, _, ignored = [*node.input, "", ""][:5]
-            suffix, inputs = "_grad", [grad, log_probs, labels, ignored]
+            suffix, inputs = "_grad", [grad, logits_of[log_probs], labels, ignored]
         else:
             continue
         name = f"ort_train::cross_entropy_{reduction.decode()}{suffix}"
         inputs = inputs if inputs[-1] else inputs[:-1]
-        graph.node[index].CopyFrom(aten_node(name, inputs, node.output, node.name))
+        graph.node[position].CopyFrom(aten_node(name, inputs, node.output[:1], node.name))
+
+
+def _is_gradient(node: Any) -> bool:
+    return node.op_type == _BACKWARD and len(node.input) < 6
