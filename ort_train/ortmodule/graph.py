@@ -136,7 +136,7 @@ def declare(graph: Any, names: Iterable[str], dtype: int = 1) -> None:
 
 def split_gradients(graph: Any) -> None:
     """A node for each wanted output of a gradient that names several operators; where a single one
-    computes all, names for those that aren't wanted.
+    computes all, names and a type for those that aren't wanted.
 
     `graph` is an onnx.GraphProto, changed in place.
 
@@ -145,12 +145,14 @@ def split_gradients(graph: Any) -> None:
     with `invalid index -1`.
     """
     nodes = []
+    unused: list[str] = []
     for node in graph.node:
         names = operator_name(node).split(SEPARATOR) if node.domain == ATEN_DOMAIN else []
         if len(names) < 2:
             if names:
-                outputs = (o or f"{node.name}/unused_{i}" for i, o in enumerate(node.output))
-                node.output[:] = list(outputs)
+                outputs = [o or f"{node.name}/unused_{i}" for i, o in enumerate(node.output)]
+                unused += set(outputs) - {*node.output}
+                node.output[:] = outputs
             nodes.append(node)
             continue
         for name, output in zip(names, node.output, strict=False):
@@ -161,5 +163,6 @@ def split_gradients(graph: Any) -> None:
                 part.output[:] = [output]
                 rename_operator(part, name)
                 nodes.append(part)
+    declare(graph, sorted(unused))
     del graph.node[:]
     graph.node.extend(nodes)
