@@ -76,10 +76,14 @@ def status_mib(field: str) -> float:
 
 
 def reset_peak() -> None:
-    """VmHWM starts anew from what is in use now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps some of what was freed
+    """VmHWM starts anew from what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back() -> None:
+    """What was freed, to the kernel: glibc keeps some of it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure(name: str, backend: str, steps: int, threads: int) -> dict[str, Any]:
@@ -104,10 +108,11 @@ def measure(name: str, backend: str, steps: int, threads: int) -> dict[str, Any]
 
     if backend == "ort":
         upstream.load()
-    reset_peak()
+    give_back()
     libraries = status_mib("VmRSS")
     model, batches, *_ = build(config, NUM_BATCHES)
     model.train()
+    give_back()
     reset_peak()
     loaded = status_mib("VmRSS")
     wrap(model, backend, options=OrtOptions(num_threads=threads))

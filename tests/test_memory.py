@@ -21,6 +21,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_min_kept_bytes", 4096)
     monkeypatch.setattr(memory, "_max_kept_bytes", memory.MAX_KEPT_BYTES)
     monkeypatch.setattr(memory, "_blocks", [])
+    monkeypatch.setattr(memory, "_scratch", [])
 
 
 class Tied(torch.nn.Module):
@@ -99,6 +100,40 @@ def test_nothing_is_kept_where_it_is_turned_off(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(memory, "_max_kept_bytes", 0)
     assert memory.empty(64, 32, dtype=torch.float32).fill_(1).sum() == 64 * 32
     assert memory.kept_bytes() == 0
+
+
+def test_one_block_serves_results_that_follow_one_another():
+    first = memory.scratch(64, 32, dtype=torch.float32)
+    address, part = first.data_ptr(), first[3]
+    assert memory.scratch(8, 8, dtype=torch.float32) is None
+    del first
+    assert memory.scratch(8, 8, dtype=torch.float32) is None  # its row is still held
+    del part
+    smaller = memory.scratch(60, 64, dtype=torch.bfloat16)
+    assert (smaller.data_ptr(), smaller.shape) == (address, (60, 64))
+    assert memory.kept_bytes() == 64 * 32 * 4
+    # A larger one takes its place, and leaves it what it has.
+    smaller.fill_(3)
+    larger = memory.scratch(128, 32, dtype=torch.float32).fill_(7)
+    assert smaller.eq(3).all()
+    assert larger.eq(7).all()
+    assert memory.kept_bytes() == 128 * 32 * 4
+    memory.release()
+    assert memory.kept_bytes() == 0
+    assert larger.eq(7).all()
+
+
+def test_no_block_is_kept_beyond_the_limit_or_where_it_is_turned_off(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(memory, "_max_kept_bytes", 2 * 4096)
+    held = memory.empty(1024, dtype=torch.float32)
+    assert memory.scratch(1024, dtype=torch.float32).shape == (1024,)
+    assert memory.scratch(1025, dtype=torch.float32) is None
+    del held
+    memory.release()
+    monkeypatch.setattr(memory, "_max_kept_bytes", 0)
+    assert memory.scratch(1024, dtype=torch.float32) is None
 
 
 def test_threads_get_blocks_of_their_own():

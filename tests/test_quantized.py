@@ -13,7 +13,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra qlora
 
 from ort_train import wrap  # noqa: E402
 from ort_train.errors import UnsupportedModelError  # noqa: E402
-from ort_train.ortmodule import OrtOptions, onednn, products, quantized  # noqa: E402
+from ort_train.ortmodule import OrtOptions, memory, onednn, products, quantized  # noqa: E402
 from ort_train.ortmodule.aten import operator_name  # noqa: E402
 
 OPTIONS = OrtOptions(num_threads=1)
@@ -151,6 +151,56 @@ def test_a_weight_decoded_to_bf16_is_the_decoded_weight_rounded(quant_type: str)
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert torch.equal(rounded, exact.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_weight_decoded_in_pieces_is_the_same(
+    quant_type: str, double_quant: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Model(quant_type, double_quant, in_features=192).base
+    state = layer.weight.quant_state
+    settings = [state.blocksize, ("fp4", "nf4").index(quant_type), *state.shape]
+    if double_quant:
+        nested = state.state2
+        settings += [nested.absmax, nested.code, state.offset, nested.blocksize]
+    monkeypatch.setattr(memory, "_max_kept_bytes", 2**20)
+    monkeypatch.setattr(memory, "_scratch", [])
+    like = torch.empty(0, dtype=dtype)
+    whole = quantized._decoded(like, layer.weight, state.absmax, *settings)
+    assert not memory._scratch
+    monkeypatch.setattr(quantized, "_PIECE_BYTES", 7 * 192 * dtype.itemsize)  # 96 rows: a rest
+    pieces = quantized._decoded(like, layer.weight, state.absmax, *settings)
+    assert pieces.nbytes == len(memory._scratch[0])
+    assert torch.equal(pieces, whole)
+    # The first is held, so another has memory of its own.
+    other = quantized._decoded(like, layer.weight, state.absmax, *settings)
+    assert other.data_ptr() != pieces.data_ptr()
+    assert torch.equal(other, whole)
+
+
+def test_all_decoded_weights_of_a_step_lie_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "_PIECE_BYTES", 4096)
+    monkeypatch.setattr(memory, "_max_kept_bytes", 2**20)
+    monkeypatch.setattr(memory, "_scratch", [])
+    eager = torch.nn.Sequential(*(Model() for _ in range(2)))
+    eager[0].after = torch.nn.Linear(96, 128)
+    model = wrap(copy.deepcopy(eager), "ort", options=OPTIONS)
+    addresses = []
+    scratch = memory.scratch
+
+    def noted(*shape: int, dtype: torch.dtype) -> torch.Tensor | None:
+        result = scratch(*shape, dtype=dtype)
+        addresses.append(result.data_ptr() if result is not None else None)
+        return result
+
+    monkeypatch.setattr(memory, "scratch", noted)
+    for _ in range(2):
+        assert_equal_steps(model, eager, torch.randn(5, 128))
+    assert len(addresses) >= 2 * 4  # two layers, forward and backward
+    assert len(set(addresses)) == 1
+    assert None not in addresses
 
 
 def test_columns_below_one_block() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule import memory
 from ort_train.ortmodule.aten import aten_node, direct, operator_name
 from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.nodes import aten, constant, sizes_of, typed
@@ -32,6 +33,9 @@ MARKER = "ort_train::linear_4bit_input_grad"
 DECODE = "ort_train::dequantize_4bit"
 #: Where num_rows and num_columns stand among a node's inputs.
 _SIZES = slice(5, 7)
+#: Of a larger weight, this much is decoded at a time and copied, from the processor's cache, for
+#: bitsandbytes' kernel takes no memory to write to.
+_PIECE_BYTES = 2**20
 # As numbers, for an ATen node takes no text.
 _QUANT_TYPES = ("fp4", "nf4")
 
@@ -83,15 +87,29 @@ def _decoded(
     if scale is not None:
         absmax = kernels.dequantize_blockwise(absmax, scale, code, scale_block_size, torch.float32)
         absmax = absmax + offset
-    weight: torch.Tensor = kernels.dequantize_4bit(
-        packed.reshape(-1, 1),
-        absmax,
-        block_size,
-        _QUANT_TYPES[quant_type],
-        [num_rows, num_columns],
-        like.dtype,
+    settings = (block_size, _QUANT_TYPES[quant_type])
+    whole = None
+    num_piece_rows = _PIECE_BYTES // (num_columns * like.dtype.itemsize)
+    # Where rows are whole blocks of scales, so are pieces of rows.
+    if like.device.type == "cpu" and 0 < num_piece_rows < num_rows and not num_columns % block_size:
+        whole = memory.scratch(num_rows, num_columns, dtype=like.dtype)
+    if whole is None:
+        weight: torch.Tensor = kernels.dequantize_4bit(
+            packed.reshape(-1, 1), absmax, *settings, [num_rows, num_columns], like.dtype
+        )
+        return weight
+    pieces = zip(
+        whole.split(num_piece_rows),
+        packed.view(num_rows, -1).split(num_piece_rows),
+        absmax.view(num_rows, -1).split(num_piece_rows),
+        strict=True,
     )
-    return weight
+    for piece, its_packed, its_absmax in pieces:
+        packed_column, scales = its_packed.reshape(-1, 1), its_absmax.reshape(-1)
+        piece.copy_(
+            kernels.dequantize_4bit(packed_column, scales, *settings, piece.shape, like.dtype)
+        )
+    return whole
 
 
 @direct(DECODE)
