@@ -35,8 +35,8 @@ from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
 
-#: Below this many entries, ONNX Runtime multiplies by an fp32 matrix as fast (512 x 512).
-_MIN_ENTRIES = 512 * 512
+#: Below this many entries, ONNX Runtime multiplies by an fp32 matrix as fast.
+_MIN_ENTRIES = 256 * 256
 #: In bf16, a matrix with a side below this makes a product that costs less than its rounding.
 _MIN_SIDE = 32
 #: Taken for a side whose size isn't known.
