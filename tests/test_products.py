@@ -107,6 +107,21 @@ def test_small_matrices_stay_with_onnxruntime():
 
 
 @needs_onednn
+def test_long_batches_give_onednn_smaller_matrices(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    ids = torch.randint(300, (2, 8))
+    for num_tokens, is_taken in ((17, False), (16, True)):
+        monkeypatch.setattr(products, "_LONG", num_tokens)
+        # What counts as long is no part of the cache's key.
+        model = wrap(
+            tiny_llama(hidden_size=256), backend="ort", options=OrtOptions(export_cache=False)
+        )
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert ("ort_train::product_nt" in operators(model)) == is_taken
+
+
+@needs_onednn
 def test_setting_of_torch_is_as_before():
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision

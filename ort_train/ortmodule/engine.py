@@ -235,7 +235,10 @@ class Engine:
                         transformers_compat.export_scope(module),
                         quantized.export_scope(module, options.onnx_opset_version),
                         products.export_scope(
-                            options.products, self._precision, options.keep_rounded_weights
+                            options.products,
+                            self._precision,
+                            options.keep_rounded_weights,
+                            named.values(),
                         ),
                         attention.export_scope(
                             options.attention,

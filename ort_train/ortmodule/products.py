@@ -20,6 +20,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule import (
     activations,
@@ -35,8 +37,12 @@ from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
 
-#: Below this many entries, ONNX Runtime multiplies by an fp32 matrix as fast.
-_MIN_ENTRIES = 256 * 256
+#: Below this many entries, ONNX Runtime multiplies by an fp32 matrix as fast: a call of torch costs
+#: some 100 us. What it saves grows with the rows, so in long batches it is less.
+_MIN_ENTRIES = 512 * 512
+_MIN_ENTRIES_IF_LONG = 256 * 256
+#: A batch of so many tokens is long.
+_LONG = 1024
 #: In bf16, a matrix with a side below this makes a product that costs less than its rounding.
 _MIN_SIDE = 32
 #: Taken for a side whose size isn't known.
@@ -110,15 +116,30 @@ def _is_bias(graph: GraphIndex, name: str, columns: Dim) -> bool:
     return name not in graph.producers and graph.shapes.get(name) == [columns]
 
 
-def _is_wanted(shape: Shape | None, is_bf16: bool) -> bool:
-    """Whether torch is asked for products with a matrix of these sizes."""
-    if shape is None or len(shape) != 2:
-        return False
-    rows, columns = (size if size and isinstance(size, int) else _UNKNOWN for size in shape)
-    return min(rows, columns) >= _MIN_SIDE if is_bf16 else rows * columns >= _MIN_ENTRIES
+class Wanted(NamedTuple):
+    """Which products torch is asked for, and how it computes them.
+
+    Attributes:
+        is_bf16: in bf16; else in fp32.
+        is_long: for batches of many tokens.
+        keep_rounded: in bf16, leave frozen weights to be rounded once and for all.
+    """
+
+    is_bf16: bool
+    is_long: bool = False
+    keep_rounded: bool = False
+
+    def with_matrix(self, shape: Shape | None) -> bool:
+        """Whether it is asked for products with a matrix of these sizes."""
+        if shape is None or len(shape) != 2:
+            return False
+        rows, columns = (size if size and isinstance(size, int) else _UNKNOWN for size in shape)
+        if self.is_bf16:
+            return min(rows, columns) >= _MIN_SIDE
+        return rows * columns >= (_MIN_ENTRIES_IF_LONG if self.is_long else _MIN_ENTRIES)
 
 
-def _product_of(graph: GraphIndex, node: Any, is_bf16: bool) -> _Product | None:
+def _product_of(graph: GraphIndex, node: Any, wanted: Wanted) -> _Product | None:
     """What a node computes, or None where torch isn't asked for it."""
     if node.op_type not in ("MatMul", "FusedMatMul", "Gemm"):
         return None
@@ -131,14 +152,14 @@ def _product_of(graph: GraphIndex, node: Any, is_bf16: bool) -> _Product | None:
     a, b = node.input[:2]
     product = _Product("product", a, b, bias, a_t, b_t, node.output[0])
     if node.op_type == "Gemm":
-        return _gemm(graph, product, is_bf16)
+        return _gemm(graph, product, wanted)
     b, is_transpose = _untransposed(graph, product.b)
     if len(graph.shapes.get(b, ())) == 2:
-        if a_t or not _is_wanted(graph.shapes[b], is_bf16):
+        if a_t or not wanted.with_matrix(graph.shapes[b]):
             return None
         return _with_bias(graph, product._replace(b=b, b_t=b_t ^ is_transpose))
     is_float = graph.types.get(product.output) == 1  # onnx.TensorProto.FLOAT
-    return product._replace(kind="batched_product") if is_bf16 and is_float else None
+    return product._replace(kind="batched_product") if wanted.is_bf16 and is_float else None
 
 
 def _with_bias(graph: GraphIndex, product: _Product) -> _Product:
@@ -164,14 +185,14 @@ def _with_bias(graph: GraphIndex, product: _Product) -> _Product:
     return product
 
 
-def _gemm(graph: GraphIndex, product: _Product, is_bf16: bool) -> _Product | None:
+def _gemm(graph: GraphIndex, product: _Product, wanted: Wanted) -> _Product | None:
     a, is_a_transpose = _untransposed(graph, product.a)
     b, is_b_transpose = _untransposed(graph, product.b)
     product = product._replace(
         a=a, b=b, a_t=product.a_t ^ is_a_transpose, b_t=product.b_t ^ is_b_transpose
     )
     if not product.a_t:
-        return product if _is_wanted(graph.shapes.get(b), is_bf16) else None
+        return product if wanted.with_matrix(graph.shapes.get(b)) else None
     if product.bias:
         return None
     # A weight's gradient, which the transposed weight's often is made of.
@@ -179,7 +200,7 @@ def _gemm(graph: GraphIndex, product: _Product, is_bf16: bool) -> _Product | Non
     is_output = product.output in graph.outputs
     if len(consumers) == 1 and _is_matrix_transpose(consumers[0]) and not is_output:
         product = product.transposed(consumers[0].output[0])
-    if not _is_wanted(graph.shapes.get(product.output), is_bf16):
+    if not wanted.with_matrix(graph.shapes.get(product.output)):
         return None
     if product.a_t and not product.b_t:
         a, b = _unflattened(graph, product.a), _unflattened(graph, product.b)
@@ -194,18 +215,19 @@ def _frozen(proto: Any) -> set[str]:
     return {name for name in parameters if f"{name}_grad" not in outputs}
 
 
-def replace(proto: Any, is_bf16: bool, keep_rounded: bool = False) -> int:
+def replace(proto: Any, wanted: Wanted) -> int:
     """Give the graph's products to torch.
 
     Args:
         proto: onnx.GraphProto of forward and backward, changed in place.
-        is_bf16: multiply in bf16.
-        keep_rounded: leave frozen weights to be rounded once and for all.
+        wanted: which of them.
 
     Returns:
         how many were replaced
     """
     from onnx import TensorProto
+
+    is_bf16 = wanted.is_bf16
 
     def node_of(operator: str, inputs: list[str], output: str) -> Any:
         name = f"{output}/{operator.rpartition(':')[2]}"
@@ -214,7 +236,7 @@ def replace(proto: Any, is_bf16: bool, keep_rounded: bool = False) -> int:
     graph = GraphIndex(proto)
     nodes: list[Any] = []
     rounded: set[str] = set()
-    kept = _frozen(proto) if keep_rounded else set()
+    kept = _frozen(proto) if wanted.keep_rounded else set()
     replaced: set[str] = set()
 
     def round_once(names: Iterable[str]) -> list[str]:
@@ -232,7 +254,7 @@ def replace(proto: Any, is_bf16: bool, keep_rounded: bool = False) -> int:
             node.input[:num_factors] = round_once(node.input[:num_factors])
             nodes.append(node)
             continue
-        product = _product_of(graph, node, is_bf16)
+        product = _product_of(graph, node, wanted)
         if product is None:
             nodes.append(node)
             continue
@@ -291,27 +313,28 @@ def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
 
 # --- The export
 
-_settings: contextvars.ContextVar[tuple[str, bool] | None]
-_settings = contextvars.ContextVar("settings", default=None)
+_wanted: contextvars.ContextVar[Wanted | None] = contextvars.ContextVar("wanted", default=None)
 
 
 def replace_where_wanted(proto: Any) -> None:
     """:func:`replace`, where the graph is built within an :func:`export_scope` that asks for it."""
-    settings = _settings.get()
-    if settings is not None:
-        precision, keep_rounded = settings
-        num_products = replace(proto, precision == "bf16", keep_rounded)
+    wanted = _wanted.get()
+    if wanted is not None:
+        num_products, precision = replace(proto, wanted), "bf16" if wanted.is_bf16 else "fp32"
         logger.info("%d matrix products by oneDNN in %s", num_products, precision)
 
 
 @contextlib.contextmanager
-def export_scope(library: str, precision: str, keep_rounded: bool) -> Iterator[None]:
+def export_scope(
+    library: str, precision: str, keep_rounded: bool, tensors: Iterable[torch.Tensor]
+) -> Iterator[None]:
     """Graphs that are built within for a CPU leave their matrix products to a library.
 
     Args:
         library: "onednn", "onnxruntime", or "auto" for oneDNN where it can.
         precision: "fp32" or "bf16".
         keep_rounded: in bf16, leave frozen weights to be rounded once and for all.
+        tensors: of the first batch.
 
     Raises:
         BackendUnavailableError: where oneDNN is asked for and can't.
@@ -325,8 +348,10 @@ def export_scope(library: str, precision: str, keep_rounded: bool) -> Iterator[N
                 "'onnxruntime'"
             )
     is_on = precision == "bf16" or (library != "onnxruntime" and reason is None)
-    token = _settings.set((precision, keep_rounded) if is_on else None)
+    num_tokens = max((t.numel() for t in tensors if not t.is_floating_point()), default=0)
+    wanted = Wanted(precision == "bf16", num_tokens >= _LONG, keep_rounded)
+    token = _wanted.set(wanted if is_on else None)
     try:
         yield
     finally:
-        _settings.reset(token)
+        _wanted.reset(token)
