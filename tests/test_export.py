@@ -117,7 +117,7 @@ def test_what_cant_be_exported_is_named(
 
 
 def test_tracing_leaves_torch_as_it_was(tmp_path: Path) -> None:
-    from ort_train.ortmodule.upstream import symbolic_registry
+    from ort_train.ortmodule.exporter import symbolic_registry
 
     save_decoder(tmp_path / "model", "gpt2")
 

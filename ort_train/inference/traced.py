@@ -90,10 +90,10 @@ def write_traced(
 @contextlib.contextmanager
 def _symbolics() -> Iterator[None]:
     """Operators that the exporter lacks or gets wrong at this opset."""
-    from ort_train.ortmodule import symbolics, upstream
+    from ort_train.ortmodule import exporter, symbolics, upstream
 
     upstream.load()  # some of them go on to ORTModule's own
-    with upstream.restored_symbolics():
+    with exporter.restored_symbolics():
         symbolics.register(OPSET)
         yield
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ort_train.ortmodule.aten import aten_node, direct
+from ort_train.ortmodule.exporter import exporter_module
 from ort_train.ortmodule.graph import declare
 from ort_train.ortmodule.nodes import constant, sizes_of, typed
-from ort_train.ortmodule.upstream import exporter_module
 
 # --- The export
 

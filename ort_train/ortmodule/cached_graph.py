@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from ort_train.ortmodule import export_cache
 from ort_train.ortmodule.call import ResultSchema
 from ort_train.ortmodule.export_cache import Entry
+from ort_train.ortmodule.patching import replaced
 from ort_train.ortmodule.sparsity import Savings
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,8 @@ def optimized_once(manager: Any, is_on: bool) -> Iterator[None]:
         _create_unoptimized(manager, create)
         manager.runs_optimized_graph = True  # ours, for `take`
 
-    manager._create_execution_agent = create_twice
-    try:
+    with replaced(manager, _create_execution_agent=create_twice):
         yield
-    finally:
-        manager._create_execution_agent = create
 
 
 @contextlib.contextmanager
@@ -107,11 +105,8 @@ def _session_options(manager: Any, **values: Any) -> Iterator[None]:
             setattr(session_options, name, value)
         return (session_options, *rest)
 
-    manager._get_session_config = with_values
-    try:
+    with replaced(manager, _get_session_config=with_values):
         yield
-    finally:
-        manager._get_session_config = get_config
 
 
 def _create_unoptimized(manager: Any, create: Callable[[], None]) -> None:
@@ -251,13 +246,10 @@ class Built:
         transition = importlib.import_module(f"{_PACKAGE}._graph_transition_manager")
         io_helper = importlib.import_module("onnxruntime.training.utils.torch_io_helper")
         owner = transition.GraphTransitionManager
-        statics = {name: owner.__dict__[name] for name in ("_export_model", "_infer_shapes")}
         outputs = tuple(
             io_helper._TensorStub(**dict(zip(_STUB, stub, strict=True))) for stub in self._outputs
         )
         create = manager._create_execution_agent
-        names = ("_initialize_graph_builder", "_build_graph", "_create_execution_agent")
-        saved = {name: manager.__dict__[name] for name in names if name in manager.__dict__}
 
         def export(**kwargs: Any) -> Any:
             return onnx.ModelProto(), outputs, self._inputs, self._with_gradient
@@ -270,23 +262,27 @@ class Built:
             wanted = set(self._with_gradient)
             manager._gradient_map = [next(places) if n in wanted else -1 for n in self._inputs]
 
-        owner._export_model = staticmethod(export)
-        owner._infer_shapes = staticmethod(lambda model: model)
-        manager._initialize_graph_builder = lambda info: None
-        manager._build_graph = build
-        if self._is_optimized:
-            manager._create_execution_agent = lambda: _create_unoptimized(manager, create)
+        def create_session() -> None:
+            if self._is_optimized:
+                _create_unoptimized(manager, create)
+            else:
+                create()
+
+        statics = {
+            "_export_model": staticmethod(export),
+            "_infer_shapes": staticmethod(lambda model: model),
+        }
+        methods = {
+            "_initialize_graph_builder": lambda info: None,
+            "_build_graph": build,
+            "_create_execution_agent": create_session,
+        }
         try:
-            yield
+            with replaced(owner, **statics), replaced(manager, **methods):
+                yield
         except Exception as error:
             export_cache.discard(key, f"its first step failed with {error}")
             raise
-        finally:
-            for name, value in statics.items():
-                setattr(owner, name, value)
-            for name in names:
-                manager.__dict__.pop(name, None)
-            manager.__dict__.update(saved)
 
 
 def _read(result: dict[str, Any]) -> ResultSchema:

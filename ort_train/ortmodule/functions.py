@@ -99,7 +99,7 @@ def _is_differentiable(args: tuple[Any, ...]) -> bool:
 @functools.cache
 def _mend_upstream() -> None:
     exporter: Any = importlib.import_module(f"{_ORTMODULE}._custom_autograd_function_exporter")
-    # Its own raises at TrainingMode.PRESERVE, which upstream.py exports with.
+    # Its own raises at TrainingMode.PRESERVE, which exporter.py exports with.
     exporter._get_training_mode = lambda: True
 
     # `mem_efficient_grad_management` pulls the weights through a Function. Its only caller passes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ort_train.ortmodule.aten import ATEN_DOMAIN
-from ort_train.ortmodule.upstream import exporter_module
+from ort_train.ortmodule.exporter import exporter_module
 
 
 def _helper() -> Any:

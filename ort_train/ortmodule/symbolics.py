@@ -15,6 +15,7 @@ import torch
 
 from ort_train.ortmodule.activations import gelu
 from ort_train.ortmodule.attention import scaled_dot_product_attention
+from ort_train.ortmodule.exporter import exporter_module
 from ort_train.ortmodule.nodes import (
     aten,
     constant,
@@ -30,7 +31,6 @@ from ort_train.ortmodule.nodes import (
     typed,
     unsupported,
 )
-from ort_train.ortmodule.upstream import exporter_module
 
 _END = 2**63 - 1  # in Slice: to the end of the axis
 _SYMBOLICS: dict[str, Callable[..., Any]] = {}

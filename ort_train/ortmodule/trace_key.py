@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ort_train.ortmodule import upstream
+from ort_train.ortmodule import exporter
 from ort_train.ortmodule.call import CallSchema
 from ort_train.ortmodule.described import (
     Description,
@@ -166,7 +166,7 @@ def _add_environment(description: Description) -> None:
     description.add("versions", _versions())
     description.add("processor", _processor())
     description.add("switches", _switches())
-    for name, opsets in sorted(upstream.symbolic_overrides().items()):
+    for name, opsets in sorted(exporter.symbolic_overrides().items()):
         if opsets:
             description.add(f"symbolic of {name}", opsets)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.patching import replaced
 
 #: Operators whose result has a shape that depends on values, by the node kind in a trace.
 _SHAPED_BY_VALUES = frozenset(
@@ -101,12 +102,6 @@ def values_kept_out() -> Iterator[None]:
 
         return wrapper
 
-    with contextlib.ExitStack() as stack:
-        for name in _CONVERSIONS:
-            own = torch.Tensor.__dict__.get(name)
-            setattr(torch.Tensor, name, guarded(getattr(torch.Tensor, name)))
-            if own is None:
-                stack.callback(delattr, torch.Tensor, name)
-            else:
-                stack.callback(setattr, torch.Tensor, name, own)
+    guards = {name: guarded(getattr(torch.Tensor, name)) for name in _CONVERSIONS}
+    with replaced(torch.Tensor, **guards):
         yield

@@ -22,21 +22,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.onnx.symbolic_opset9
 import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import aten, functions, tracing
+from ort_train.ortmodule import aten, exporter, functions
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
+from ort_train.ortmodule.patching import replaced
 
 #: The patches below are written against this very release and are applied to no other.
 SUPPORTED_VERSION = "1.19.2"
 _DISTRIBUTIONS = ("onnxruntime-training", "onnxruntime-training-cpu")
 _EXTENSIONS_PACKAGE = "onnxruntime.training.ortmodule.torch_cpp_extensions"
-_EXPORTER = "torch.onnx._internal.torchscript_exporter"
-#: Numbers in a tensor that could hold sizes.
-_LARGEST_SHAPE = 64
 
 
 def installed_version() -> str | None:
@@ -69,133 +66,6 @@ def unavailable_reason() -> str | None:
 
 
 @contextlib.contextmanager
-def _attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for a while; those that were absent are deleted again."""
-    missing = object()
-    saved = {name: owner.__dict__.get(name, missing) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is missing:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def _torch_onnx_aliases() -> Iterator[None]:
-    """The exporter's modules under the names that ORTModule imports them by.
-
-    torch 2.9 moved `torch.onnx._internal.{jit_utils,registration,onnx_proto_utils}` and
-    `torch.onnx.{_globals,_type_utils}` into `torch.onnx._internal.torchscript_exporter`, and left
-    `_convolution` and `_convolution_mode` out of `torch.onnx.symbolic_opset9`.
-    """
-    with contextlib.ExitStack() as stack:
-        for package, names in (
-            ("torch.onnx._internal", ("jit_utils", "registration", "onnx_proto_utils")),
-            ("torch.onnx", ("_globals", "_type_utils")),
-        ):
-            for name in names:
-                alias = f"{package}.{name}"
-                if alias in sys.modules or importlib.util.find_spec(alias) is not None:
-                    continue
-                module = importlib.import_module(f"{_EXPORTER}.{name}")
-                sys.modules[alias] = module
-                stack.callback(sys.modules.pop, alias, None)
-                stack.enter_context(_attributes(sys.modules[package], **{name: module}))
-        opset9, public = exporter_module("symbolic_opset9"), torch.onnx.symbolic_opset9
-        hidden = [n for n in ("_convolution", "_convolution_mode") if not hasattr(public, n)]
-        stack.enter_context(_attributes(public, **{n: getattr(opset9, n) for n in hidden}))
-        yield
-
-
-@contextlib.contextmanager
-def _torchscript_exporter() -> Iterator[None]:
-    """`torch.onnx.export` with `dynamo=False`, the default until torch 2.9.
-
-    Upstream exports with TrainingMode.TRAINING, which calls train() on the whole module: a
-    submodule that was put into eval mode would train. PRESERVE traces it as it is.
-    """
-    original = torch.onnx.export
-
-    @functools.wraps(original)
-    def export(*args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("dynamo", False)
-        kwargs["training"] = torch.onnx.TrainingMode.PRESERVE
-        with tracing.values_kept_out(), _weights_not_computed_with():
-            return original(*args, **kwargs)
-
-    with _attributes(torch.onnx, export=export):
-        yield
-
-
-@contextlib.contextmanager
-def _weights_not_computed_with() -> Iterator[None]:
-    """Keep weights from the exporter's shape inference, which would compute with them.
-
-    It evaluates operators whose operands it knows, such as the transposition of every linear
-    layer's weight, and keeps the results: at its end the process holds the model twice
-    (`ComputeConstant` in torch/csrc/jit/passes/onnx/shape_type_inference.cpp; torch 2.8 to 2.14).
-    A shape only ever follows from small integers; the weights' own shapes stand in the graph.
-    """
-    infer = torch._C._jit_pass_onnx_graph_shape_type_inference
-
-    def infer_without(graph: Any, params: dict[str, Any], opset: int) -> None:
-        small = {name: value for name, value in params.items() if _may_be_shape(value)}
-        with warnings.catch_warnings():  # as of the exporter's own modules, see engine.py
-            warnings.simplefilter("ignore")
-            infer(graph, small, opset)
-
-    with _attributes(torch._C, _jit_pass_onnx_graph_shape_type_inference=infer_without):
-        yield
-
-
-def _may_be_shape(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or (
-        not value.is_floating_point() and value.numel() <= _LARGEST_SHAPE
-    )
-
-
-def exporter_module(name: str) -> Any:
-    """A module of the TorchScript exporter by its short name, from where this torch keeps it."""
-    for package in (_EXPORTER, "torch.onnx", "torch.onnx._internal"):
-        with contextlib.suppress(ModuleNotFoundError):
-            return importlib.import_module(f"{package}.{name}")
-    raise BackendUnavailableError(f"this torch has no TorchScript exporter: {name} is missing")
-
-
-def symbolic_registry() -> Any:
-    """The TorchScript exporter's registry of symbolic functions."""
-    return exporter_module("registration").registry
-
-
-def symbolic_overrides() -> dict[str, dict[int, Any]]:
-    """Symbolic functions that were registered in place of the exporter's own, by opset."""
-    registry = symbolic_registry()
-    groups = {name: registry.get_function_group(name) for name in registry.all_functions()}
-    return {name: dict(group._functions._overrides) for name, group in groups.items()}
-
-
-@contextlib.contextmanager
-def restored_symbolics() -> Iterator[None]:
-    """Take back every symbolic function that is registered meanwhile."""
-    registry = symbolic_registry()
-    before = symbolic_overrides()
-    try:
-        yield
-    finally:
-        for name, after in symbolic_overrides().items():
-            functions = registry.get_function_group(name)._functions
-            for opset in after:
-                functions.remove_override(opset)
-            for opset, function in before.get(name, {}).items():
-                functions.override(opset, function)
-
-
-@contextlib.contextmanager
 def _untouched_torch() -> Iterator[None]:
     """Undo what importing ORTModule does to torch and DeepSpeed.
 
@@ -207,9 +77,9 @@ def _untouched_torch() -> Iterator[None]:
     sys.modules["deepspeed"] = None  # type: ignore[assignment]  # its import alone takes seconds
     try:
         with (
-            _attributes(torch, manual_seed=torch.manual_seed),
-            _attributes(torch.cuda, manual_seed=torch.cuda.manual_seed),
-            _attributes(torch.utils.checkpoint, checkpoint=torch.utils.checkpoint.checkpoint),
+            replaced(torch, manual_seed=torch.manual_seed),
+            replaced(torch.cuda, manual_seed=torch.cuda.manual_seed),
+            replaced(torch.utils.checkpoint, checkpoint=torch.utils.checkpoint.checkpoint),
         ):
             yield
     finally:
@@ -308,7 +178,7 @@ def load() -> types.ModuleType:
     try:
         with (
             OrtOptions().environment(),
-            _torch_onnx_aliases(),
+            exporter.old_names(),
             _untouched_torch(),
             _untouched_logging(),
             _without_build_tools(),
@@ -405,12 +275,12 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
 
     with (
         options.environment(),
-        _torch_onnx_aliases(),
-        _torchscript_exporter(),
-        restored_symbolics(),
-        _attributes(upstream_logger, _suppress_os_stream_output=output_to_file),
+        exporter.old_names(),
+        exporter.as_default(),
+        exporter.restored_symbolics(),
+        replaced(upstream_logger, _suppress_os_stream_output=output_to_file),
         functions.as_python_ops() if options.compiled_extensions else functions.refused(),
-        _attributes(
+        replaced(
             manager,
             _export_model=staticmethod(_gradients_of_trainable_only(manager._export_model)),
             _add_check_label_sparsity_hook=staticmethod(add_no_hook),
