@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,43 @@ def same_values(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
         return False
     equal = (found == expected) | ((found != found) & (expected != expected))
     return bool(equal.all())
+
+
+class Constants:
+    """What a module's graph holds as constants.
+
+    Args:
+        attributes: of the module, as they were before it was traced.
+        buffers: by name, those that the exporter made constants of: non-persistent ones.
+    """
+
+    def __init__(self, attributes: PlainAttributes, buffers: Mapping[str, torch.Tensor]) -> None:
+        attributes.forget_changed()
+        self._attributes = attributes
+        self._buffers = {name: KnownTensor.of(buffer) for name, buffer in buffers.items()}
+
+    def changed(self, buffers: Mapping[str, torch.Tensor]) -> str | None:
+        """What isn't what it was, in words, or None.
+
+        Args:
+            buffers: all of the module's now, by name.
+        """
+        if (name := self._changed_buffer(buffers)) is not None:
+            return f"non-persistent buffer {name!r}"
+        if (name := self._attributes.changed()) is not None:
+            return f"attribute {name!r}"
+        return None
+
+    def _changed_buffer(self, buffers: Mapping[str, torch.Tensor]) -> str | None:
+        for name, known in self._buffers.items():
+            buffer = buffers.get(name)
+            if buffer is None or known.is_untouched(buffer):
+                continue
+            if not same_values(buffer, known.value):
+                return name
+            # Written to, with the same values (DistributedDataParallel does so every step).
+            self._buffers[name] = KnownTensor.of(buffer)
+        return None
 
 
 class PlainAttributes:

@@ -18,26 +18,21 @@ from ort_train.ortmodule import (
     attention,
     attention_kernels,
     cached_graph,
-    cuda,
     embeddings,
     export_cache,
     gradients,
     graph_passes,
-    leftovers,
     memory,
-    output_gradients,
     products,
     quantized,
-    session,
     sparsity,
     symbolics,
     trace_key,
     transformers_compat,
-    triton_kernels,
     upstream,
 )
 from ort_train.ortmodule.call import CallSchema
-from ort_train.ortmodule.constants import KnownTensor, PlainAttributes, same_values
+from ort_train.ortmodule.constants import Constants, PlainAttributes
 from ort_train.ortmodule.described import UndescribableError
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.graph_module import (
@@ -49,6 +44,7 @@ from ort_train.ortmodule.graph_module import (
 )
 from ort_train.ortmodule.module_state import ModuleState
 from ort_train.ortmodule.options import OrtOptions
+from ort_train.ortmodule.ort_module import construct, recomputes
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +85,7 @@ class Engine:
         self.awaits_backward = False
         self._state: ModuleState | None = None
         self._buffer_names: tuple[str, ...] = ()
-        self._constant_buffers: dict[str, KnownTensor] = {}
-        self._attributes: PlainAttributes | None = None
+        self._constants: Constants | None = None
         #: Seconds that export, gradient graph and session took.
         self.build_s = 0.0
         #: Those that a graph from the cache spared; None for one that was built.
@@ -154,26 +149,7 @@ class Engine:
         Args:
             buffers: of the module, by name.
         """
-        if (name := self._changed_constant_buffer(buffers)) is not None:
-            return f"non-persistent buffer {name!r}"
-        if self._attributes is not None and (name := self._attributes.changed()) is not None:
-            return f"attribute {name!r}"
-        return None
-
-    def _changed_constant_buffer(self, buffers: Mapping[str, torch.Tensor]) -> str | None:
-        """The name of a buffer that is constant in the graph and isn't what it was, or None.
-
-        The exporter makes constants of non-persistent buffers.
-        """
-        for name, known in self._constant_buffers.items():
-            buffer = buffers.get(name)
-            if buffer is None or known.is_untouched(buffer):
-                continue
-            if not same_values(buffer, known.value):
-                return name
-            # Written to, with the same values (DistributedDataParallel does so every step).
-            self._constant_buffers[name] = KnownTensor.of(buffer)
-        return None
+        return None if self._constants is None else self._constants.changed(buffers)
 
     @staticmethod
     def _seed() -> None:
@@ -222,7 +198,7 @@ class Engine:
             attributes = PlainAttributes(module)
             with upstream.export_scope(options, self._transform), quiet_exporter():
                 with training_flags_kept(module):  # upstream's constructor calls train()
-                    self._ort_module = self._construct(options)
+                    self._ort_module = construct(self._graph_module, options, self._is_on_cpu)
                 symbolics.register(options.onnx_opset_version)
                 gradients.register()
                 embeddings.register()
@@ -245,7 +221,7 @@ class Engine:
                             is_faster=self._is_on_cpu
                             and attention_kernels.is_faster(self._precision, named.values()),
                             # They have to find attention's products in the graph.
-                            is_free=not (_recomputes(options) or options.padding_sparsity),
+                            is_free=not (recomputes(options) or options.padding_sparsity),
                         ),
                     ):
                         outputs = self._ort_module(**named)
@@ -263,7 +239,7 @@ class Engine:
                 "run to run, but a resumed run draws other than one that goes on",
                 ", ".join(sorted(once)),
             )
-        self._recomputes_dropout = self._is_stochastic and _recomputes(options)
+        self._recomputes_dropout = self._is_stochastic and recomputes(options)
         if self._recomputes_dropout:
             logger.warning(
                 "dropout is recomputed by ONNX Runtime, which seeds its masks once: they follow "
@@ -278,13 +254,8 @@ class Engine:
         )
         buffers = dict(module.named_buffers())
         self._buffer_names = tuple(n for n in buffers if _MODULE_PREFIX + n in graph_inputs)
-        self._constant_buffers = {
-            name: KnownTensor.of(buffer)
-            for name, buffer in buffers.items()
-            if name not in self._buffer_names
-        }
-        attributes.forget_changed()
-        self._attributes = attributes
+        constant = {name: b for name, b in buffers.items() if name not in self._buffer_names}
+        self._constants = Constants(attributes, constant)
         self.build_s = time.perf_counter() - started
         if self.saved_s is None:
             logger.info("built a training graph for %s in %.1f s", self._name, self.build_s)
@@ -323,7 +294,7 @@ class Engine:
             yield
             return
         manager = self._training_manager
-        can_optimize = self._is_on_cpu and not _recomputes(options)
+        can_optimize = self._is_on_cpu and not recomputes(options)
         with export_cache.locked(key) as is_usable:
             built = cached_graph.read(key) if is_usable else None
             if built is not None:
@@ -374,50 +345,3 @@ class Engine:
                 padding=bool(options.padding_sparsity),
                 trainable=trainable,
             )
-
-    def _construct(self, options: OrtOptions) -> Any:
-        """An ORTModule around the graph module, with the session's threads set."""
-        if not self._is_on_cpu:
-            cuda.preload()
-        if options.fusion == "triton":
-            triton_kernels.prepare(options.triton_debug)
-        ortmodule = upstream.load()
-        debug = ortmodule.DebugOptions(
-            log_level=ortmodule.LogLevel[options.log_level.upper()],
-            save_onnx=options.save_onnx,
-            onnx_prefix=options.onnx_prefix,
-        )
-        ort_module = ortmodule.ORTModule(self._graph_module, debug)
-        manager = ort_module._torch_module._execution_manager(True)
-        session_config = manager._get_session_config
-
-        def with_our_settings() -> Any:
-            session_options, *rest = session_config()
-            session.configure(session_options, options)
-            return (session_options, *rest)
-
-        if not (_recomputes(options) or options.log_level in ("verbose", "info")):
-            # Plans for a recomputation that wasn't asked for, which upstream prints only at these
-            # levels: a session and a simplification of their sizes by sympy take longer than the
-            # session that runs (`_training_manager.py`, `_create_execution_agent`).
-            manager._runtime_inspector.memory_ob._is_enabled = False
-        build_graph = manager._build_graph
-
-        def with_scalars(config: Any) -> None:
-            build_graph(config)
-            output_gradients.accept_scalars(manager)
-
-        create_session = manager._create_execution_agent
-
-        def without_leftovers() -> None:
-            create_session()
-            leftovers.release(manager)
-
-        manager._get_session_config = with_our_settings
-        manager._build_graph = with_scalars
-        manager._create_execution_agent = without_leftovers
-        return ort_module
-
-
-def _recomputes(options: OrtOptions) -> bool:
-    return options.recompute != "none" or options.recompute_config is not None
