@@ -20,7 +20,6 @@ import hashlib
 import logging
 import re
 import sys
-import sysconfig
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -29,28 +28,13 @@ from typing import Any
 import torch
 
 from ort_train.ortmodule import bytecode
+from ort_train.ortmodule.packages import FOLLOWED, KNOWN, PURE, is_installed, package
 
 
 class UndescribableError(Exception):
     """A value that can't be told from others; the message says where and why."""
 
 
-#: Packages whose functions are followed, but whose own globals needn't be understood.
-_FOLLOWED = frozenset({"transformers", "peft"})
-#: Packages that are known by their version.
-_KNOWN = frozenset(
-    """
-    accelerate bitsandbytes deepspeed huggingface_hub numpy onnx onnxruntime ort_train
-    safetensors tokenizers torch torchvision triton typing_extensions
-    """.split()  # noqa: SIM905
-)
-#: Of Python's library, what computes the same in every process.
-_PURE = frozenset(
-    """
-    __future__ abc builtins collections contextlib copy dataclasses enum functools inspect
-    itertools logging math numbers operator re string textwrap types typing warnings
-    """.split()  # noqa: SIM905
-)
 _PLAIN = (type(None), type(...), type(NotImplemented), bool, int, float, complex, str, bytes)
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _BUILTINS = (
@@ -77,18 +61,6 @@ _UNREAD = frozenset(
 _PER_PROCESS = frozenset({"_original_object_hash", "SESSION_ID"})
 
 
-def package(name: str) -> str:
-    """The top-level package of a module's name."""
-    return name.partition(".")[0]
-
-
-@functools.cache
-def _is_installed(top: str) -> bool:
-    """Whether a package lies where pip puts it, and not in a folder of the user's."""
-    file = getattr(sys.modules.get(top), "__file__", None) or ""
-    return any(file.startswith(f"{sysconfig.get_path(kind)}/") for kind in ("purelib", "platlib"))
-
-
 class Description:
     """A digest that objects are added to, each once.
 
@@ -100,7 +72,7 @@ class Description:
     """
 
     def __init__(self, own: Iterable[str] = ()) -> None:
-        self._own = frozenset(own) - _KNOWN - _FOLLOWED - sys.stdlib_module_names
+        self._own = frozenset(own) - KNOWN - FOLLOWED - sys.stdlib_module_names
         self._hash = hashlib.sha256()
         self._numbers: dict[int, str] = {}
         self._kept: list[Any] = []  # an id is an object's own only while it lives
@@ -146,9 +118,9 @@ class Description:
     def _is_known(self, module: str) -> bool:
         """Whether a module is known by its version."""
         top = package(module)
-        if top in self._own or top in _FOLLOWED:
+        if top in self._own or top in FOLLOWED:
             return False
-        return top in _KNOWN or top in sys.stdlib_module_names or _is_installed(top)
+        return top in KNOWN or top in sys.stdlib_module_names or is_installed(top)
 
     # --- values
 
@@ -260,7 +232,7 @@ class Description:
         bases = [self._class(base, where) for base in kind.__mro__[1:]]
         self._feed(number, name, *bases)
         is_known = self._is_known(kind.__module__)
-        strict = not is_known and package(kind.__module__) not in _FOLLOWED
+        strict = not is_known and package(kind.__module__) not in FOLLOWED
         for key, value in list(kind.__dict__.items()):
             if key in _UNREAD:
                 continue
@@ -283,7 +255,7 @@ class Description:
         module = str(scope.get("__name__"))
         name = f"{module}.{code.co_qualname}" if sys.version_info >= (3, 11) else code.co_name
         is_known = self._is_known(module)
-        strict = not is_known and package(module) not in _FOLLOWED
+        strict = not is_known and package(module) not in FOLLOWED
         self._feed(number, name, *bytecode.tokens(code))
         path = f"{name}'s"
         for label, values in (
@@ -321,7 +293,7 @@ class Description:
             return repr([self._global(each, where, False) for each in value])
         kind = type(value)
         name = f"some {kind.__module__}.{kind.__qualname__}"
-        if package(kind.__module__) not in _FOLLOWED or isinstance(value, dict):
+        if package(kind.__module__) not in FOLLOWED or isinstance(value, dict):
             return name
         # A registry, such as transformers' of attention functions.
         tables = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, dict)]
@@ -333,7 +305,7 @@ class Description:
         self, module: types.ModuleType, names: tuple[str, ...], where: str, strict: bool
     ) -> None:
         """The members of a module that code names, and of modules within it."""
-        if strict and package(module.__name__) in sys.stdlib_module_names - _PURE:
+        if strict and package(module.__name__) in sys.stdlib_module_names - PURE:
             raise UndescribableError(
                 f"{where} is Python's {module.__name__}, whose results differ from run to run"
             )

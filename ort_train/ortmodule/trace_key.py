@@ -27,11 +27,11 @@ from ort_train.ortmodule.call import CallSchema
 from ort_train.ortmodule.described import (
     Description,
     UndescribableError,
-    package,
     tensor_kind,
     tensor_token,
 )
 from ort_train.ortmodule.options import OrtOptions
+from ort_train.ortmodule.packages import package
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = (
