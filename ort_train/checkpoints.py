@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ort_train import fingerprint
 from ort_train.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _STATE_FILE = "trainer_state.json"
@@ -151,6 +155,62 @@ def verify(
     elif not any(any(checkpoint.glob(pattern)) for pattern in _OTHER_WEIGHTS):
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} has no weights: resume from another checkpoint"
+        )
+
+
+def to_resume(
+    asked: Any,
+    output_dir: str,
+    model: torch.nn.Module | None,
+    world_size: int,
+    with_deepspeed: bool,
+) -> Any:
+    """The checkpoint that a training resumes from, verified; what is false for none.
+
+    Args:
+        asked: its path, True for the newest whole one of `output_dir`, or what is false.
+        model: None where it is made later: then the checkpoint isn't verified.
+        world_size: ranks that are to resume, all of which call this.
+        with_deepspeed: whether DeepSpeed is to resume it.
+
+    Raises:
+        CheckpointError: where there is none, where ranks found different ones, and as
+            :func:`verify`.
+    """
+    wanted = asked is True
+    if wanted:
+        found = list_checkpoints(output_dir)
+        asked = str(found[-1]) if found else None
+    if world_size > 1:
+        _check_agreement(asked, world_size)
+    if wanted and not asked:
+        raise CheckpointError(
+            f"there is no whole checkpoint in {output_dir!r} to resume from: "
+            "train without resume_from_checkpoint, or name another output_dir"
+        )
+    if asked and model is not None:
+        verify(asked, model, world_size, with_deepspeed)
+        saved = saved_world_size(Path(asked))
+        if saved not in (None, world_size):
+            logger.warning(
+                "checkpoint %s was saved by %s ranks and is resumed by %s: the samples of the "
+                "coming steps and their dropout differ from those of the run that saved it",
+                *(asked, saved, world_size),
+            )
+    return asked
+
+
+def _check_agreement(checkpoint: str | None, world_size: int) -> None:
+    """All ranks must have found the same, or they would wait for one another forever."""
+    if not torch.distributed.is_initialized():
+        return
+    names: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(names, str(checkpoint or "none"))
+    if len(set(names)) > 1:
+        found = "; ".join(f"rank {number}: {name}" for number, name in enumerate(names))
+        raise CheckpointError(
+            f"the ranks would resume from different checkpoints ({found}): the output folder "
+            "has to be on a disk that all hosts share"
         )
 
 

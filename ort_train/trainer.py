@@ -28,7 +28,7 @@ from ort_train.backends import (
     runner_factory,
     savings,
 )
-from ort_train.errors import CheckpointError, ConfigError, NonFiniteLossError
+from ort_train.errors import ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
 from ort_train.metrics import SparsityMeter, SpeedCallback
 from ort_train.optimum_order import without_optimums_order
@@ -168,7 +168,13 @@ class ORTTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
-        resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        resume_from_checkpoint = checkpoints.to_resume(
+            resume_from_checkpoint,
+            self.args.output_dir,
+            self.model,
+            self.args.world_size,
+            self.is_deepspeed_enabled,
+        )
         self._num_micro_batches, self._step_seen = 0, -1
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -299,42 +305,6 @@ class ORTTrainer(Trainer):
         return FusedAdam, {**kwargs, "adam_w_mode": AdamWMode.ADAMW_TORCH}
 
     # --- checkpoints ---
-
-    def _checkpoint_to_resume(self, asked: Any) -> Any:
-        wanted = asked is True
-        if wanted:
-            found = checkpoints.list_checkpoints(self.args.output_dir)
-            asked = str(found[-1]) if found else None
-        self._check_agreement(asked)
-        if wanted and not asked:
-            raise CheckpointError(
-                f"there is no whole checkpoint in {self.args.output_dir!r} to resume from: "
-                "train without resume_from_checkpoint, or name another output_dir"
-            )
-        if asked and self.model is not None:
-            world_size = self.args.world_size
-            checkpoints.verify(asked, self.model, world_size, self.is_deepspeed_enabled)
-            saved = checkpoints.saved_world_size(Path(asked))
-            if saved not in (None, world_size):
-                logger.warning(
-                    "checkpoint %s was saved by %s ranks and is resumed by %s: the samples of the "
-                    "coming steps and their dropout differ from those of the run that saved it",
-                    *(asked, saved, world_size),
-                )
-        return asked
-
-    def _check_agreement(self, checkpoint: str | None) -> None:
-        """All ranks must have found the same, or they would wait for one another forever."""
-        if self.args.world_size == 1 or not torch.distributed.is_initialized():
-            return
-        names: list[Any] = [None] * self.args.world_size
-        torch.distributed.all_gather_object(names, str(checkpoint or "none"))
-        if len(set(names)) > 1:
-            found = "; ".join(f"rank {number}: {name}" for number, name in enumerate(names))
-            raise CheckpointError(
-                f"the ranks would resume from different checkpoints ({found}): the output folder "
-                "has to be on a disk that all hosts share"
-            )
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -318,3 +318,18 @@ def test_publish_survives_an_earlier_attempt(tmp_path: Path):
     assert (final / "file").read_text() == "new"
     assert names(tmp_path) == ["checkpoint-1"]
     assert os.path.isdir(final)
+
+
+def test_ranks_that_found_different_checkpoints_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def gather(names: list[str], own: str) -> None:
+        names[:] = [own, "none"]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"rank 0: .*checkpoint-2; rank 1: none.*all hosts"):
+        checkpoints.to_resume(True, str(tmp_path), None, world_size=2, with_deepspeed=False)
+    assert checkpoints.to_resume(None, str(tmp_path), None, 2, False) is None
