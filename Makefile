@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 RECIPE ?= quickstart
+# Of the tests; auto: as many as cores and memory serve (tests/conftest.py).
+WORKERS ?= auto
 # More of the command line: make train ARGS="train.max_steps=50 output.overwrite=true"
 ARGS ?=
 
@@ -13,7 +15,7 @@ ARGS ?=
 
 help:
 	@echo "make train [RECIPE=quickstart] [ARGS=...]  set up, then train a recipe and report"
-	@echo "make test                                  set up, then run the tests"
+	@echo "make test [WORKERS=auto] [ARGS=...]        set up, then run the tests"
 	@echo "make test-triton                           Triton's kernels, interpreted and compiled (248 MB more)"
 	@echo "make bench RECIPE=... [ARGS=...]           measure a recipe over the backends"
 	@echo "make doctor                                what is installed, what is wrong"
@@ -33,8 +35,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: setup
 	$(BIN)/python launch/train.py --recipe $(RECIPE) output.overwrite=true $(ARGS)
 
+# A file's tests stay together, as what they share is made once a file.
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Beside the packages of .venv, not among them: nothing else needs Triton on a machine without a GPU.
 test-triton: setup

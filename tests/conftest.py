@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+#: This session is one of so many that share the tests (pytest-xdist).
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+NUM_CORES = len(os.sched_getaffinity(0))
+_MAX_WORKERS = 8
+#: What a worker and the processes that its tests start take at most, about.
+_WORKER_GIB = 4
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+if NUM_WORKERS > 1:  # read when torch is imported; each would take every core
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, NUM_CORES // NUM_WORKERS)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto`: one a core, unless memory is short."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    available_gib = psutil.virtual_memory().available / 2**30
+    return max(1, min(NUM_CORES, _MAX_WORKERS, int(available_gib / _WORKER_GIB)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take the next file when they have done one: the long ones come first, so that none
+    is left with one at the end."""
+    if NUM_WORKERS > 1:
+        weight: Counter[Path] = Counter()
+        for item in items:
+            weight[item.path] += 10 if item.get_closest_marker("slow") else 1  # see its definition
+        items.sort(key=lambda item: (-weight[item.path], item.path))
+
+
+@pytest.fixture(scope="session")
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers: a worker's own lies in it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if NUM_WORKERS > 1 else own
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+def _own_cache(_shared_folder: Path):
     """Tokenizers are cached for the session, not in the user's home; graphs aren't."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ORT_TRAIN_GRAPH_CACHE", "off")
-        patch.setenv("ORT_TRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ORT_TRAIN_CACHE", str(_shared_folder / "cache"))
         patch.delenv("ORT_TRAIN_DATA", raising=False)
         yield
 
 
 @pytest.fixture(scope="session")
-def _graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
+def _graphs(_shared_folder: Path) -> Path:
+    return _shared_folder / "graphs"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 
 from ort_train import distributed
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("shared_graphs")
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "29511"],
-    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "29512"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2"],
 }
 
 
@@ -97,7 +98,8 @@ def test_two_processes_train_as_one(
     program = Path(sys.executable).parent / name
     if not program.is_file():
         pytest.skip(f"{name} is not installed")
-    two = _train([str(program), *options], tmp_path / "two", wikitext_dir, micro_batch_size=2)
+    command = [str(program), *options, "--master_port", str(free_port())]
+    two = _train(command, tmp_path / "two", wikitext_dir, micro_batch_size=2)
 
     logs = [json.loads((run / "record.json").read_text())["training"] for run in (one, two)]
     assert [log["world_size"] for log in logs] == [1, 2]

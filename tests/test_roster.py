@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 
 from ort_train import distributed, roster
 from ort_train.errors import RankError
@@ -39,10 +40,8 @@ with members.watched("Resume"):
 
 def _outputs(world_size: int, silent: int, how: str) -> tuple[int, list[str]]:
     """The silent rank's process id, and the last line of every other rank's output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {**address, "WORLD_SIZE": str(world_size)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _WORKER],
@@ -113,10 +112,7 @@ def test_a_rank_on_another_host_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ranks_that_do_not_come_are_missed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(RankError, match=r"not all of 2 ranks came to 127.0.0.1:.* within 1 s"):

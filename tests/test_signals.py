@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 
 from ort_train.errors import StoppedBySignal
@@ -31,12 +32,6 @@ LAUNCHERS: dict[str, list[str]] = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2"],
 }
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _state(step: int, max_steps: int = 20) -> Any:
@@ -77,10 +72,9 @@ def test_a_signal_in_the_last_step_changes_nothing() -> None:
 
 @contextlib.contextmanager
 def _started(launcher: str, folder: Path, *overrides: str) -> Iterator[subprocess.Popen]:
-    port = _free_port()
     options = LAUNCHERS[launcher]
     if options:
-        options = [*options, "--master_port", str(port)]
+        options = [*options, "--master_port", str(free_port())]
     command = [
         sys.executable,
         *options,
