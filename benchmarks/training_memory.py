@@ -10,8 +10,9 @@ allows. A case of an earlier run stays until it is run again.
 
 `libraries` is what is resident before there is a model; `loaded` when it stands; `peak` the highest
 from then to the end of the last step, with the export of the graph, which no cache spares;
-`steady_peak` that of the steps after the first; `growth` is the peak without the libraries. eager's
-process doesn't load ONNX Runtime.
+`steady_peak` that of the steps after the first; `growth` is the peak without the libraries. Freed
+memory is given back to the kernel before the first step, and from then on as the allocators do.
+eager's process doesn't load ONNX Runtime.
 """
 
 from __future__ import annotations
