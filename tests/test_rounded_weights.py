@@ -14,7 +14,7 @@ from trained_graphs import operators
 
 from ort_train import OrtOptions, ORTTrainer, ORTTrainingArguments, accumulating, unwrap, wrap
 from ort_train.errors import ConfigError
-from ort_train.ortmodule import onednn, rounded_weights
+from ort_train.ortmodule import memory, onednn, rounded_weights
 
 pytestmark = pytest.mark.skipif(
     not onednn.has_bf16(), reason="this CPU doesn't multiply in bf16: products are emulated, slowly"
@@ -42,9 +42,9 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     plain = rounded_weights.rounded
 
-    def noted(tensor: torch.Tensor) -> torch.Tensor:
+    def noted(tensor: torch.Tensor, *empty: Callable[..., torch.Tensor]) -> torch.Tensor:
         shapes.append(tuple(tensor.shape))
-        return plain(tensor)
+        return plain(tensor, *empty)
 
     monkeypatch.setattr(rounded_weights, "rounded", noted)
     return shapes
@@ -150,6 +150,20 @@ def test_a_weight_that_becomes_trained_follows_its_optimizer():
         optimizer.step()
     anew = wrap(unwrapped(module), "ort", "bf16", NOT_KEPT)
     assert all(map(torch.equal, gradients_of(module, 3), gradients_of(anew, 3)))
+
+
+def test_a_large_copy_takes_no_kept_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "_min_kept_bytes", 96 * 48 * 2)
+    monkeypatch.setattr(memory, "_max_kept_bytes", 2**30)
+    monkeypatch.setattr(memory, "_blocks", [])
+    module = wrap(Adapted(), "ort", "bf16")
+    gradients_of(module, 0)
+    kept = rounded_weights._by_address[module.frozen.weight.data_ptr()]()
+    assert kept is not None
+    assert kept.rounded.untyped_storage().nbytes() == 96 * 48 * 2
+    addresses = [torch.frombuffer(block, dtype=torch.uint8).data_ptr() for block in memory._blocks]
+    assert kept.rounded.data_ptr() not in addresses
+    assert_as_anew(module)
 
 
 def test_two_modules_share_a_frozen_weight():

@@ -96,12 +96,21 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         shape: sizes of the tensor.
         dtype: type of its entries.
     """
-    count = math.prod(shape)
-    if count * dtype.itemsize < _min_kept_bytes:
+    if not is_large(shape, dtype):
         return torch.empty(shape, dtype=dtype)
     with _choosing:
-        block = _block(count * dtype.itemsize)
-        return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+        return _tensor(_block(math.prod(shape) * dtype.itemsize), shape, dtype)
+
+
+def lasting(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """As :func:`empty`, for a tensor that outlives steps: it takes no kept block from others."""
+    if not is_large(shape, dtype):
+        return torch.empty(shape, dtype=dtype)
+    return _tensor(_new_block(math.prod(shape) * dtype.itemsize), shape, dtype)
+
+
+def _tensor(block: _Block, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(block, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -114,8 +123,7 @@ def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor | None:
     Returns:
         None where the last one is still held, or where nothing is kept.
     """
-    count = math.prod(shape)
-    num_bytes = count * dtype.itemsize
+    num_bytes = math.prod(shape) * dtype.itemsize
     with _choosing:
         if not _scratch or len(_scratch[0]) < num_bytes:
             _scratch.clear()
@@ -124,7 +132,7 @@ def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor | None:
             _scratch.append(_new_block(num_bytes))
         elif not _is_free(_scratch, 0):
             return None
-        return torch.frombuffer(_scratch[0], dtype=dtype, count=count).view(shape)
+        return _tensor(_scratch[0], shape, dtype)
 
 
 def kept_bytes() -> int:

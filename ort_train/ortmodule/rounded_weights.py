@@ -13,7 +13,7 @@ so an entry of each row is compared, too: a merged adapter or an optimizer chang
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -36,7 +36,7 @@ class _Copy:
         # As integers, for NaN isn't equal to itself. The step meets every row, and changes columns.
         self._entries = weight.view(torch.int32).view(-1)[:: weight.shape[1] - 1]
         self._expected = self._entries.clone()
-        self.rounded = rounded(weight)
+        self.rounded = rounded(weight, memory.lasting)
         return self.rounded
 
     def is_of(self, weight: torch.nn.Parameter) -> bool:
@@ -63,11 +63,13 @@ def _enter(copy: _Copy) -> None:
     _by_address[address] = weakref.ref(copy, gone)
 
 
-def rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in bf16."""
+def rounded(
+    tensor: torch.Tensor, empty: Callable[..., torch.Tensor] = memory.empty
+) -> torch.Tensor:
+    """A tensor in bf16, and where it is large, in memory that `empty` gives."""
     if not memory.is_large(tensor.shape, torch.bfloat16):
         return tensor.bfloat16()
-    return memory.empty(*tensor.shape, dtype=torch.bfloat16).copy_(tensor)
+    return empty(*tensor.shape, dtype=torch.bfloat16).copy_(tensor)
 
 
 def of(tensor: torch.Tensor) -> torch.Tensor:
