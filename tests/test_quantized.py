@@ -156,7 +156,7 @@ def test_a_weight_decoded_to_bf16_is_the_decoded_weight_rounded(quant_type: str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_a_weight_decoded_in_pieces_is_the_same(
+def test_a_weight_is_decoded_as_by_bitsandbytes(
     quant_type: str, double_quant: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = Model(quant_type, double_quant, in_features=192).base
@@ -168,20 +168,29 @@ def test_a_weight_decoded_in_pieces_is_the_same(
     monkeypatch.setattr(memory, "_max_kept_bytes", 2**20)
     monkeypatch.setattr(memory, "_scratch", [])
     like = torch.empty(0, dtype=dtype)
-    whole = quantized._decoded(like, layer.weight, state.absmax, *settings)
+    assert quantized._kernel(settings[1], dtype) is not None  # of the version in constraints.txt
+    with monkeypatch.context() as context:
+        context.setattr(quantized, "_kernel", lambda quant_type, dtype: None)
+        expected = quantized._decoded(like, layer.weight, state.absmax, *settings)
     assert not memory._scratch
-    monkeypatch.setattr(quantized, "_PIECE_BYTES", 7 * 192 * dtype.itemsize)  # 96 rows: a rest
-    pieces = quantized._decoded(like, layer.weight, state.absmax, *settings)
-    assert pieces.nbytes == len(memory._scratch[0])
-    assert torch.equal(pieces, whole)
+    found = quantized._decoded(like, layer.weight, state.absmax, *settings)
+    assert found.nbytes == len(memory._scratch[0])
+    assert torch.equal(found, expected)
     # The first is held, so another has memory of its own.
     other = quantized._decoded(like, layer.weight, state.absmax, *settings)
-    assert other.data_ptr() != pieces.data_ptr()
-    assert torch.equal(other, whole)
+    assert other.data_ptr() != found.data_ptr()
+    assert torch.equal(other, expected)
+
+
+def test_other_versions_of_bitsandbytes_decode_by_their_operator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quantized, "_KNOWN_VERSIONS", ("0.1.",))
+    assert quantized._kernel.__wrapped__(1, torch.float32) is None
+    assert quantized._kernel.__wrapped__(1, torch.float64) is None
 
 
 def test_all_decoded_weights_of_a_step_lie_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "_PIECE_BYTES", 4096)
     monkeypatch.setattr(memory, "_max_kept_bytes", 2**20)
     monkeypatch.setattr(memory, "_scratch", [])
     eager = torch.nn.Sequential(*(Model() for _ in range(2)))

@@ -13,7 +13,10 @@ twenty times as slowly on a CPU with AVX-512, and its gradient there is wrong: a
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,9 +36,10 @@ MARKER = "ort_train::linear_4bit_input_grad"
 DECODE = "ort_train::dequantize_4bit"
 #: Where num_rows and num_columns stand among a node's inputs.
 _SIZES = slice(5, 7)
-#: Of a larger weight, this much is decoded at a time and copied, from the processor's cache, for
-#: bitsandbytes' kernel takes no memory to write to.
-_PIECE_BYTES = 2**20
+#: Of bitsandbytes, whose function behind the operator was tried.
+_KNOWN_VERSIONS = ("0.50.",)
+#: Beyond it bitsandbytes itself leaves that function aside.
+_MAX_BLOCK_SIZE = 1024
 # As numbers, for an ATen node takes no text.
 _QUANT_TYPES = ("fp4", "nf4")
 
@@ -87,29 +91,51 @@ def _decoded(
     if scale is not None:
         absmax = kernels.dequantize_blockwise(absmax, scale, code, scale_block_size, torch.float32)
         absmax = absmax + offset
-    settings = (block_size, _QUANT_TYPES[quant_type])
-    whole = None
-    num_piece_rows = _PIECE_BYTES // (num_columns * like.dtype.itemsize)
-    # Where rows are whole blocks of scales, so are pieces of rows.
-    if like.device.type == "cpu" and 0 < num_piece_rows < num_rows and not num_columns % block_size:
-        whole = memory.scratch(num_rows, num_columns, dtype=like.dtype)
-    if whole is None:
-        weight: torch.Tensor = kernels.dequantize_4bit(
-            packed.reshape(-1, 1), absmax, *settings, [num_rows, num_columns], like.dtype
-        )
+    decode = None if like.device.type != "cpu" else _kernel(quant_type, like.dtype)
+    is_usual = num_columns % block_size == 0 and block_size <= _MAX_BLOCK_SIZE
+    if decode is not None and is_usual and absmax.dtype == torch.float32:
+        weight = memory.scratch(num_rows, num_columns, dtype=like.dtype)
+        if weight is None:
+            weight = memory.empty(num_rows, num_columns, dtype=like.dtype)
+        addresses = (packed.data_ptr(), absmax.data_ptr(), weight.data_ptr())
+        decode(*addresses, block_size, num_rows, num_columns)
         return weight
-    pieces = zip(
-        whole.split(num_piece_rows),
-        packed.view(num_rows, -1).split(num_piece_rows),
-        absmax.view(num_rows, -1).split(num_piece_rows),
-        strict=True,
+    decoded: torch.Tensor = kernels.dequantize_4bit(
+        packed.reshape(-1, 1),
+        absmax,
+        block_size,
+        _QUANT_TYPES[quant_type],
+        [num_rows, num_columns],
+        like.dtype,
     )
-    for piece, its_packed, its_absmax in pieces:
-        packed_column, scales = its_packed.reshape(-1, 1), its_absmax.reshape(-1)
-        piece.copy_(
-            kernels.dequantize_4bit(packed_column, scales, *settings, piece.shape, like.dtype)
-        )
-    return whole
+    return decoded
+
+
+@functools.cache
+def _kernel(quant_type: int, dtype: torch.dtype) -> Callable[..., None] | None:
+    """The function behind bitsandbytes' operator on CPUs, which itself takes no memory to write
+    to (0.50), or None where it isn't known, or hasn't the operator's results.
+
+    It takes the addresses of packed weights, scales and result, the block size, rows and columns.
+    """
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    version = importlib.metadata.version("bitsandbytes")
+    if dtype not in names or not version.startswith(_KNOWN_VERSIONS):
+        return None
+    library = importlib.import_module("bitsandbytes.cextension").lib
+    name = f"cdequantize_blockwise_cpu_{_QUANT_TYPES[quant_type]}_{names[dtype]}"
+    function: Any = getattr(library, name, None)
+    if not hasattr(function, "argtypes"):  # a library that wasn't built for this CPU
+        return None
+    kinds = [ctypes.c_void_p] * 3 + [ctypes.c_longlong] * 3
+    decode = ctypes.CFUNCTYPE(None, *kinds)(ctypes.cast(function, ctypes.c_void_p).value or 0)
+    packed = torch.arange(256, dtype=torch.uint8)
+    absmax, found = torch.linspace(0.5, 2, 8), torch.zeros(4, 128, dtype=dtype)
+    decode(packed.data_ptr(), absmax.data_ptr(), found.data_ptr(), 64, 4, 128)
+    expected = torch.ops.bitsandbytes.dequantize_4bit(
+        packed.view(-1, 1), absmax, 64, _QUANT_TYPES[quant_type], [4, 128], dtype
+    )
+    return decode if torch.equal(found, expected) else None
 
 
 @direct(DECODE)
