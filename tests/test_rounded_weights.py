@@ -177,6 +177,25 @@ def test_two_modules_share_a_frozen_weight():
     assert_as_anew(second)
 
 
+class Batched(torch.nn.Module):
+    """A frozen stack of matrices, as some models keep their experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(64, 48)
+        self.stack = torch.nn.Parameter(torch.randn(2, 48, 32), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(self.first(x)).view(2, 8, 48) @ self.stack).square().mean()
+
+
+def test_a_frozen_stack_of_matrices_is_rounded_each_step():
+    kept, not_kept = (wrap(Batched(), "ort", "bf16", o) for o in (OrtOptions(), NOT_KEPT))
+    for seed in range(2):
+        assert all(map(torch.equal, gradients_of(kept, seed), gradients_of(not_kept, seed)))
+
+
 def test_copies_go_with_their_module(rounded: list[tuple[int, ...]]):
     module = wrap(Adapted(), "ort", "bf16")
     gradients_of(module, 0)

@@ -208,11 +208,15 @@ def _gemm(graph: GraphIndex, product: _Product, wanted: Wanted) -> _Product | No
     return product
 
 
-def _frozen(proto: Any) -> set[str]:
-    """The module's parameters that get no gradient."""
-    outputs = {info.name for info in proto.output}
-    parameters = (info.name for info in proto.input if info.name.startswith(_PARAMETER))
-    return {name for name in parameters if f"{name}_grad" not in outputs}
+def _frozen(graph: GraphIndex) -> set[str]:
+    """The module's matrices that get no gradient."""
+    inputs = (info.name for info in graph.graph.input)
+    matrices = (name for name in inputs if len(graph.shapes.get(name, ())) == 2)
+    return {
+        name
+        for name in matrices
+        if name.startswith(_PARAMETER) and f"{name}_grad" not in graph.outputs
+    }
 
 
 def replace(proto: Any, wanted: Wanted) -> int:
@@ -236,7 +240,7 @@ def replace(proto: Any, wanted: Wanted) -> int:
     graph = GraphIndex(proto)
     nodes: list[Any] = []
     rounded: set[str] = set()
-    kept = _frozen(proto) if wanted.keep_rounded else set()
+    kept = _frozen(graph) if wanted.keep_rounded else set()
     replaced: set[str] = set()
 
     def round_once(names: Iterable[str]) -> list[str]:
