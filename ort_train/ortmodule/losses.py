@@ -46,10 +46,10 @@ def _define(name: str) -> None:
         Nothing of the logits' size is written: what the gradient needs it computes again, in less
         time than memory takes to give it.
         """
-        sums = []
+        sums, ignored = [], _ignored(ignore_index)
         for part, room in _parts(logits):
             torch.log_softmax(logits[part], -1, out=room)
-            sums.append(_nll_loss(room, labels[part], None, _SUM, _ignored(ignore_index)))
+            sums.append(_nll_loss(room, labels[part], None, _SUM, ignored))
         total, count = (torch.stack(each).sum() for each in zip(*sums, strict=True))
         return total / count if name == "mean" else total
 
@@ -116,9 +116,8 @@ def replace(graph: Any) -> None:
             log_probs = node.output[1]
             readers = index.consumers(log_probs)
             is_free = log_probs not in index.outputs and all(map(_is_gradient, readers))
-            if len(index.shapes.get(logits, ())) != 2 or weight or reduction not in _REDUCTIONS:
-                continue
-            if not is_free:
+            is_plain = len(index.shapes.get(logits, ())) == 2 and not weight
+            if not (is_free and is_plain and reduction in _REDUCTIONS):
                 continue
             logits_of[log_probs] = logits
             suffix, inputs = "", [logits, labels, ignored]

@@ -48,6 +48,11 @@ class _Copy:
             return True
         return torch.equal(self._entries, self._expected)
 
+    def is_of_trained(self) -> bool:
+        """Whether the weight is still there, and gets gradients."""
+        weight = self._weight()
+        return weight is not None and weight.requires_grad
+
 
 #: The copies by their weights' addresses, which is all that a kernel knows of a weight.
 _by_address: dict[int, weakref.ref[_Copy]] = {}
@@ -85,15 +90,13 @@ class RoundedWeights:
     """Which copies a module's forwards may use."""
 
     def __init__(self) -> None:
-        self._weights: tuple[torch.nn.Parameter, ...] = ()
         self._copies: dict[int, _Copy] = {}
         self._are_trained_kept = False
 
     def keep_trained(self, is_kept: bool) -> None:
         """Keep copies of trained weights as well, or no longer."""
-        if not is_kept and self._are_trained_kept:
-            trained = {id(weight) for weight in self._weights if weight.requires_grad}
-            self._copies = {key: c for key, c in self._copies.items() if key not in trained}
+        if not is_kept:
+            self._copies = {key: c for key, c in self._copies.items() if not c.is_of_trained()}
         self._are_trained_kept = is_kept
 
     def confirm(self, weights: Iterable[torch.nn.Parameter]) -> None:
@@ -102,9 +105,8 @@ class RoundedWeights:
         Args:
             weights: the module's parameters now.
         """
-        self._weights = tuple(weights)
         copies: dict[int, _Copy] = {}
-        for weight in self._weights:
+        for weight in weights:
             if (weight.requires_grad and not self._are_trained_kept) or not _can_be_kept(weight):
                 continue
             copy = self._copies.get(id(weight))
