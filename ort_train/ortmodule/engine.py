@@ -36,6 +36,7 @@ from ort_train.ortmodule.constants import Constants, PlainAttributes
 from ort_train.ortmodule.described import UndescribableError
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.graph_module import (
+    MODULE_PREFIX,
     GraphModule,
     buffers_kept,
     quiet_exporter,
@@ -47,10 +48,6 @@ from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.ort_module import construct, recomputes
 
 logger = logging.getLogger(__name__)
-
-
-# ORTModule's own wrapper and ours (`GraphModule.module`) stand before a buffer's name.
-_MODULE_PREFIX = "_original_module.module."
 
 
 class Engine:
@@ -140,7 +137,7 @@ class Engine:
             quantized.bind_scales(self._graph_module, self._graph_module.module)
         else:
             for name in self._buffer_names:
-                info._buffer_for_ort_runs[_MODULE_PREFIX + name] = state.buffers[name]
+                info._buffer_for_ort_runs[MODULE_PREFIX + name] = state.buffers[name]
         self._state = state
 
     def changed_constant(self, buffers: Mapping[str, torch.Tensor]) -> str | None:
@@ -253,7 +250,7 @@ class Engine:
             manager._graph_transition_manager._exported_model_info.onnx_graph_input_names
         )
         buffers = dict(module.named_buffers())
-        self._buffer_names = tuple(n for n in buffers if _MODULE_PREFIX + n in graph_inputs)
+        self._buffer_names = tuple(n for n in buffers if MODULE_PREFIX + n in graph_inputs)
         constant = {name: b for name, b in buffers.items() if name not in self._buffer_names}
         self._constants = Constants(attributes, constant)
         self.build_s = time.perf_counter() - started
@@ -335,7 +332,7 @@ class Engine:
         options = self._options
         if options.label_sparsity or options.padding_sparsity:
             trainable = frozenset(
-                f"{_MODULE_PREFIX}{name}"
+                f"{MODULE_PREFIX}{name}"
                 for name, parameter in self._graph_module.module.named_parameters()
                 if parameter.requires_grad
             )

@@ -14,6 +14,10 @@ from ort_train.ortmodule import quantized
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.constants import same_values
 
+#: Before the name of a parameter or buffer in the graph: ORTModule's own wrapper, and ours
+#: (`GraphModule.module`).
+MODULE_PREFIX = "_original_module.module."
+
 
 class GraphModule(torch.nn.Module):
     """What is exported: flat tensors in, flat tensors out, everything else constant."""

@@ -33,6 +33,7 @@ from ort_train.ortmodule import (
 )
 from ort_train.ortmodule.aten import aten_node, operator_name
 from ort_train.ortmodule.graph import Dim, GraphIndex, Shape, attribute, declare
+from ort_train.ortmodule.graph_module import MODULE_PREFIX
 from ort_train.ortmodule.quantized import DECODE
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,6 @@ _NUM_FACTORS = {
 #: The gradient of MatMul names the factors so that it has flattened to matrices
 #: (`gradient_builder.cc`, GetMatMulGradient).
 _FLATTENED = "_reshape_2d"
-#: Before the name of a module's parameter.
-_PARAMETER = "_original_module."
 
 
 class _Product(NamedTuple):
@@ -215,7 +214,7 @@ def _frozen(graph: GraphIndex) -> set[str]:
     return {
         name
         for name in matrices
-        if name.startswith(_PARAMETER) and f"{name}_grad" not in graph.outputs
+        if name.startswith(MODULE_PREFIX) and f"{name}_grad" not in graph.outputs
     }
 
 
