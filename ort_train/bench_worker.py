@@ -179,13 +179,32 @@ class Session:
             options = replace(self.options, profile_prefix=str(Path(folder) / "profile"))
             self.module = wrap(unwrap(self.model), "ort", train.precision, options)
             self.round(max(self.warmup_steps, 1))
-            step_s = self.round(steps)["forward_backward_s"]
-            found = profiling.shares(self.module, step_s)
-        return {
+            peak_before = self._peak_gflops()
+            forward_backward_s = statistics.median(self.round(steps)["forward_backward_s"])
+            peak_after = self._peak_gflops()
+            kernels = profiling.end(self.module, steps)
+        found = {
             "steps": steps,
-            "forward_backward_ms": statistics.median(step_s) * 1e3,
-            "shares": found,
+            "forward_backward_ms": forward_backward_s * 1e3,
+            "shares": profiling.shares(kernels, forward_backward_s),
         }
+        reached = profiling.products_gflops(kernels)
+        if peak_before is not None and peak_after is not None and reached is not None:
+            # The better, for a shared machine's speed changes within seconds.
+            peak = max(peak_before, peak_after)
+            found |= {
+                "products_gflops": reached,
+                "peak_gflops": peak,
+                "products_share_of_peak": reached / peak,
+            }
+        return found
+
+    def _peak_gflops(self) -> float | None:
+        """None on a GPU, which goes on after a kernel of the profile has returned."""
+        from ort_train.ortmodule.peak import peak_gflops
+
+        is_on_cpu = self.device.type == "cpu"
+        return peak_gflops(self.config.train.precision) if is_on_cpu else None
 
     def _forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -51,6 +51,12 @@ class Profile(_Section):
     forward_backward_ms: float  # median, slower by the profiling
     # By kind of kernel (ortmodule/profiling.py), and outside of any; they sum to 1.
     shares: dict[str, float]
+    # 10^9 FLOPs per second: of all kernels of matrix products together, and of large square ones in
+    # the same precision, by the fastest library, right before and after those steps. Null on a GPU,
+    # and in records before they were measured.
+    products_gflops: float | None = None
+    peak_gflops: float | None = None
+    products_share_of_peak: float | None = None
 
 
 class Result(_Section):

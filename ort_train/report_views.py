@@ -159,7 +159,17 @@ def _profile_line(result: Result) -> str:
     shares = sorted(result["profile"]["shares"].items(), key=lambda item: -item[1])
     shown = ", ".join(f"{kind.replace('_', ' ')} {share:.0%}" for kind, share in shares
                       if share >= 0.005)  # fmt: skip
-    return f"{_training_case(result)}, forward and backward: {shown}"
+    return f"{_training_case(result)}, forward and backward: {shown}{_of_peak(result['profile'])}"
+
+
+def _of_peak(profile: Mapping[str, Any]) -> str:
+    if profile["products_share_of_peak"] is None:
+        return ""
+    return (
+        f"; matrix products at {profile['products_gflops']:.0f} GFLOPS, "
+        f"{profile['products_share_of_peak']:.0%} of the machine's measured "
+        f"{profile['peak_gflops']:.0f}"
+    )
 
 
 def _training_protocol(record: Record) -> list[str]:

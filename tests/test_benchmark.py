@@ -399,7 +399,11 @@ def test_real_backends_agree(monkeypatch):
         assert 0 < result["peak_gib"] < 20
         assert result["speedup_vs_eager"] > 0
     assert results["eager", "fp32"]["profile"] is None
-    assert results["ort", "fp32"]["profile"]["shares"]["matrix_products"] > 0
+    profile = results["ort", "fp32"]["profile"]
+    assert profile["shares"]["matrix_products"] > 0
+    assert 0 < profile["products_gflops"] < profile["peak_gflops"]
+    share = profile["products_gflops"] / profile["peak_gflops"]
+    assert profile["products_share_of_peak"] == pytest.approx(share)
     # A machine without a C++ compiler is no failure.
     assert results["compile", "fp32"]["status"] in ("ok", "unavailable"), results["compile", "fp32"]
     assert results["ort", "bf16"]["status"] in ("ok", "unavailable"), results["ort", "bf16"]
