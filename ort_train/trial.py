@@ -23,6 +23,7 @@ from ort_train.candidates import (
     precisions,
     sparser,
 )
+from ort_train.ortmodule import openmp
 from ort_train.ortmodule.options import SPARSITY
 from ort_train.probe import Call, distance, probe, step, untouched
 
@@ -287,6 +288,7 @@ class Trial:
         return statistics.mean(self._timed_ms(candidate, call) for call in self._calls)
 
     def _timed_ms(self, candidate: Candidate, call: Call) -> float:
+        openmp.wake()  # whatever the candidate before asked for
         self._synchronize()
         started = time.perf_counter()
         step(self._module, self._runners[candidate], call)

@@ -23,6 +23,7 @@ from ort_train.ortmodule import (
     gradients,
     graph_passes,
     memory,
+    openmp,
     products,
     quantized,
     sparsity,
@@ -104,6 +105,8 @@ class Engine:
             make_deferred: what stands for logits that the graph doesn't compute.
         """
         named = dict(zip(self._graph_module._schema.names, tensors, strict=True))
+        if self._options.allow_spinning and self._is_on_cpu:
+            openmp.quiet()
         if self._ort_module is None:
             outputs = self._build_and_run(named)
             self._state = state

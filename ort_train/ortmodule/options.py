@@ -47,8 +47,9 @@ class OrtOptions:
 
     #: Threads of ONNX Runtime's pool; None shares this machine's cores among its ranks.
     num_threads: int | None = None
-    #: Whether idle threads of the pool spin. They would take the cores from torch's own threads,
-    #: which run the ATen nodes between ONNX Runtime's and the optimizer after them.
+    #: Whether idle threads of the pool spin. On a CPU torch's then don't, in all of the process, as
+    #: long as training goes on (openmp.py): steps of some 50 ms, whose products are ONNX Runtime's,
+    #: gain a tenth; others, and what runs in eager between them, lose more.
     allow_spinning: bool = False
     #: Whose kernels multiply fp32 matrices on a CPU: oneDNN's (torch's), ONNX Runtime's, or "auto":
     #: oneDNN's where they serve (AVX-512 without AMX).
