@@ -132,6 +132,20 @@ def test_a_loaded_and_a_replaced_weight_are_rounded_anew():
     assert_as_anew(module)
 
 
+def test_a_weight_that_becomes_its_own_transposed_view_is_rounded_anew():
+    weight = torch.nn.Parameter(torch.randn(48, 48), requires_grad=False)
+    kept = rounded_weights.RoundedWeights()
+    kept.confirm([weight])
+    first = rounded_weights.of(weight)
+    kept.confirm([weight])
+    assert rounded_weights.of(weight) is first
+    address, version = weight.data_ptr(), weight._version
+    weight.data = weight.data.t()
+    assert (weight.data_ptr(), weight._version) == (address, version)  # which don't tell
+    kept.confirm([weight])
+    assert torch.equal(rounded_weights.of(weight), weight.bfloat16())
+
+
 def test_a_weight_with_nan_stays_kept(rounded: list[tuple[int, ...]]):
     module = wrap(Adapted(), "ort", "bf16")
     not_a_number(module.frozen.weight)

@@ -44,6 +44,9 @@ class _Copy:
         is_same = self._weight() is weight
         if not is_same or (weight.data_ptr(), weight._version) != (self.address, self._version):
             return False
+        # `.data` may have been given a transposed view of itself, which isn't counted either.
+        if not weight.is_contiguous():
+            return False
         if self._entries is None or self._expected is None:
             return True
         return torch.equal(self._entries, self._expected)
@@ -107,10 +110,12 @@ class RoundedWeights:
         """
         copies: dict[int, _Copy] = {}
         for weight in weights:
-            if (weight.requires_grad and not self._are_trained_kept) or not _can_be_kept(weight):
+            if weight.requires_grad and not self._are_trained_kept:
                 continue
             copy = self._copies.get(id(weight))
             if copy is None or not copy.is_of(weight):
+                if not _can_be_kept(weight):
+                    continue
                 copy = _Copy(weight)
             entered = _by_address.get(copy.address)
             if entered is None or entered() is not copy:  # or another module's that shares it
@@ -120,6 +125,7 @@ class RoundedWeights:
 
 
 def _can_be_kept(weight: torch.nn.Parameter) -> bool:
-    is_matrix = weight.dim() == 2 and weight.shape[1] > 1 and weight.is_contiguous()
+    if weight.dim() != 2 or weight.shape[1] < 2 or not weight.is_contiguous():
+        return False
     is_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return is_matrix and is_fp32 and not weight.is_inference()  # which have no version
+    return is_fp32 and not weight.is_inference()  # which have no version
