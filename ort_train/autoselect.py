@@ -15,6 +15,7 @@ from ort_train.trial import Decision, Trial
 
 if TYPE_CHECKING:
     from ort_train.ortmodule import OrtOptions
+    from ort_train.ortmodule.forward import OrtForward
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +52,9 @@ class AutoRunner:
         self.decision: Decision | None = None
 
     @property
-    def savings(self) -> Any:
-        """Of the chosen backend."""
-        return getattr(self._chosen, "savings", None)
-
-    @property
-    def rounded_weights(self) -> Any:
-        """Of backend ort in bf16, if that is what was chosen."""
-        return getattr(self._chosen, "rounded_weights", None)
-
-    @property
-    def graph_from_cache(self) -> bool | None:
-        """Of the chosen backend, in the trial."""
-        return getattr(self._chosen, "graph_from_cache", None)
+    def ort(self) -> OrtForward | None:
+        """What the chosen backend runs in ONNX Runtime, if anything."""
+        return getattr(self._chosen, "ort", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.decision is None and differentiable(self._module, (args, kwargs)):

@@ -17,7 +17,7 @@ from ort_train.forward import TrainingForward, give_back, take_over, taken_over
 
 if TYPE_CHECKING:
     from ort_train.ortmodule import OrtOptions
-    from ort_train.ortmodule.rounded_weights import RoundedWeights
+    from ort_train.ortmodule.forward import OrtForward
     from ort_train.ortmodule.sparsity import Savings
     from ort_train.trial import Decision
 
@@ -100,21 +100,8 @@ class _EagerRunner:
         self._device_type = _device_type(module)
         self._dtype = _AUTOCAST_DTYPES.get(precision)
         self._original = original
-
-    @property
-    def savings(self) -> Savings | None:
-        """What backend ort leaves out of a batch; None for eager."""
-        return getattr(self._original, "savings", None)
-
-    @property
-    def rounded_weights(self) -> RoundedWeights | None:
-        """Of backend ort in bf16: copies of weights that its steps share."""
-        return getattr(self._original, "rounded_weights", None)
-
-    @property
-    def graph_from_cache(self) -> bool | None:
-        """Whether backend ort began with a graph from the cache; None for eager."""
-        return getattr(self._original, "graph_from_cache", None)
+        #: What it runs in ONNX Runtime, if anything.
+        self.ort: OrtForward | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._dtype is None:
@@ -141,10 +128,13 @@ def _make_ort_runner(
     from ort_train.ortmodule.forward import OrtForward
 
     if _device_type(module) == "cpu":  # its graph sees to the precision
-        forward: Callable[..., Any] = OrtForward(module, original, options, precision)
-        return _EagerRunner(module, forward, precision="fp32")
-    forward = OrtForward(module, original, options)
-    return _EagerRunner(module, forward, precision=precision)
+        forward = OrtForward(module, original, options, precision)
+        runner = _EagerRunner(module, forward, precision="fp32")
+    else:
+        forward = OrtForward(module, original, options)
+        runner = _EagerRunner(module, forward, precision=precision)
+    runner.ort = forward
+    return runner
 
 
 def _make_auto_runner(
@@ -269,9 +259,9 @@ def accumulating(module: torch.nn.Module) -> Iterator[None]:
 
 def keep_trained_weights(stand_in: TrainingForward, is_kept: bool) -> None:
     """As :func:`accumulating` from now on, or no longer."""
-    kept: RoundedWeights | None = getattr(stand_in.runner, "rounded_weights", None)
-    if kept is not None:
-        kept.keep_trained(is_kept)
+    forward = ort_forward(stand_in)
+    if forward is not None and forward.rounded_weights is not None:
+        forward.rounded_weights.keep_trained(is_kept)
 
 
 def decision(module: torch.nn.Module) -> Decision | None:
@@ -285,11 +275,19 @@ def decision_of(stand_in: TrainingForward) -> Decision | None:
     return getattr(stand_in.runner, "decision", None)
 
 
+def ort_forward(stand_in: TrainingForward) -> OrtForward | None:
+    """What runs training calls in ONNX Runtime; None with other backends, and before backend "auto"
+    has chosen."""
+    return getattr(stand_in.runner, "ort", None)
+
+
 def savings(stand_in: TrainingForward) -> Savings | None:
     """What a step leaves out of a batch (OrtOptions.label_sparsity, padding_sparsity), or None."""
-    return getattr(stand_in.runner, "savings", None)
+    forward = ort_forward(stand_in)
+    return None if forward is None else forward.savings
 
 
 def graph_from_cache(stand_in: TrainingForward) -> bool | None:
     """Whether the first training call took its graph from the cache; None where there is none."""
-    return getattr(stand_in.runner, "graph_from_cache", None)
+    forward = ort_forward(stand_in)
+    return None if forward is None else forward.graph_from_cache

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from trained_graphs import forward_of
 
 from ort_train import OrtOptions, unwrap, wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.forward import taken_over
 from ort_train.ortmodule.constants import PlainAttributes
 
 MakeModel = Callable[..., Any]
@@ -49,10 +49,8 @@ class _Whole(torch.nn.Module):
 
 
 def num_graphs_built(module: torch.nn.Module) -> int:
-    stand_in = taken_over(module)
-    assert stand_in is not None
-    runner = stand_in.runner._original
-    return len(runner.engines) + runner._num_stale
+    forward = forward_of(module)
+    return len(forward.engines) + forward._num_stale
 
 
 def assert_as_eager(module: torch.nn.Module) -> None:

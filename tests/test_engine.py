@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import padded_batch as batch
+from trained_graphs import engines
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ort_train import OrtOptions, unwrap, wrap
@@ -61,13 +62,6 @@ def assert_as_eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     loss, found = step(module, *args, **kwargs)
     assert abs(loss - expected_loss) < LOSS
     assert_same_gradients(found, expected)
-
-
-def engines(module: torch.nn.Module) -> list[Any]:
-    """The training graphs that a module wrapped with backend ort has built."""
-    stand_in = taken_over(module)
-    assert stand_in is not None
-    return list(stand_in.runner._original.engines.values())
 
 
 def lora(model: Any, **fields: Any) -> Any:

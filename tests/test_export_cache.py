@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import padded_batch as batch
+from trained_graphs import engines, forward_of, manager_of
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.forward import taken_over
 from ort_train.ortmodule import cached_graph, export_cache, trace_key, upstream
 from ort_train.ortmodule.call import describe_call
 from ort_train.ortmodule.described import UndescribableError
@@ -76,9 +76,7 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 def saved_s(module: Any) -> float | None:
-    stand_in = taken_over(module)
-    assert stand_in is not None
-    (engine,) = stand_in.runner._original.engines.values()  # type: ignore[attr-defined]
+    (engine,) = engines(module)
     return engine.saved_s
 
 
@@ -182,8 +180,7 @@ def test_second_start_is_exact(
     assert "from the cache, which saves" in caplog.text
     output = second(**inputs[0])
     assert type(output) is type(uncached(**inputs[0]))
-    stand_ins = [taken_over(module) for module in (second, uncached)]
-    savings = [stand_in.runner.savings for stand_in in stand_ins]  # type: ignore[union-attr]
+    savings = [forward_of(module).savings for module in (second, uncached)]
     assert savings[0] == savings[1]
     if kind == "sparsity":
         assert savings[0].flops_per_padding > 0
@@ -551,8 +548,7 @@ def test_a_build_leaves_nothing_but_the_session_that_runs(
     for _ in range(2):
         module(torch.ones(2, 4))["loss"].backward()
     assert len(sessions) == 2  # one that optimizes the graph for the cache, one that runs it
-    (engine,) = taken_over(module).runner._original.engines.values()
-    manager = engine._training_manager
+    manager = manager_of(module)
     assert manager._graph_builder is None
     assert manager._graph_transition_manager._exported_model_info.exported_model is None
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from trained_graphs import manager_of
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import ConfigError
-from ort_train.forward import taken_over
 from ort_train.ortmodule import options as options_module
 from ort_train.ortmodule.options import parse_options
 
@@ -23,10 +23,7 @@ def built(options: OrtOptions, module: torch.nn.Module | None = None) -> Any:
     module = module or torch.nn.Linear(3, 2)
     wrap(module, backend="ort", options=options)
     module(torch.ones(2, 3)).sum().backward()
-    stand_in = taken_over(module)
-    assert stand_in is not None
-    (engine,) = stand_in.runner._original.engines.values()
-    return engine._training_manager
+    return manager_of(module)
 
 
 # --- checks ---

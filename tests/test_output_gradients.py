@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from trained_graphs import graph_of
+from trained_graphs import graph_of, manager_of
 
 from ort_train import unwrap, wrap
-from ort_train.forward import taken_over
 from ort_train.ortmodule import output_gradients
 from ort_train.ortmodule.aten import operator_name
 from ort_train.ortmodule.graph import GraphIndex
@@ -40,9 +39,7 @@ def gradients(module: Any, ids: torch.Tensor, objective: Callable[..., Any]) -> 
 
 
 def graph_info(module: torch.nn.Module) -> Any:
-    stand_in: Any = taken_over(module)
-    (engine,) = stand_in.runner._original.engines.values()
-    return engine._training_manager._graph_info
+    return manager_of(module)._graph_info
 
 
 @pytest.fixture(scope="module")

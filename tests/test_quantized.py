@@ -11,6 +11,8 @@ import torch
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 
+from trained_graphs import graph_of  # noqa: E402
+
 from ort_train import wrap  # noqa: E402
 from ort_train.errors import UnsupportedModelError  # noqa: E402
 from ort_train.ortmodule import OrtOptions, memory, onednn, products, quantized  # noqa: E402
@@ -87,12 +89,10 @@ def test_forward_and_gradients_are_eagers(quant_type: str, double_quant: bool) -
         assert_equal_steps(model, eager, torch.randn(shape))
     assert model.base.weight.dtype == torch.uint8
     assert model.base.weight.grad is None
-    (engine,) = model.forward.runner._original.engines.values()
-    nodes = engine._training_manager._onnx_models.optimized_model.graph.node
-    assert not any(node.op_type == "MatMulBnb4" for node in nodes)
+    graph = graph_of(model)
+    assert not any(node.op_type == "MatMulBnb4" for node in graph.node)
     # The packed weight and its scales are inputs, not copies in the graph.
-    initializers = engine._training_manager._onnx_models.optimized_model.graph.initializer
-    assert all(np.prod(tensor.dims) < 96 for tensor in initializers)
+    assert all(np.prod(tensor.dims) < 96 for tensor in graph.initializer)
 
 
 @pytest.mark.skipif(
@@ -105,8 +105,7 @@ def test_onednn_multiplies_by_decoded_weights(monkeypatch: pytest.MonkeyPatch) -
     eager = Model(bias=False)
     model = wrap(copy.deepcopy(eager), "ort", options=OPTIONS)
     assert_equal_steps(model, eager, torch.randn(2, 5, 128))
-    (engine,) = model.forward.runner._original.engines.values()
-    graph = engine._training_manager._onnx_models.optimized_model.graph
+    graph = graph_of(model)
     decoded = {
         node.output[0]: [reader.name for reader in graph.node if node.output[0] in reader.input]
         for node in graph.node
@@ -134,8 +133,7 @@ def test_bf16_decodes_to_bf16_at_once(quant_type: str, double_quant: bool) -> No
         for each in (gradients, rounded_gradients, expected_gradients)
     )
     assert relative(found, exact) <= 1.2 * relative(reference, exact)
-    (engine,) = model.forward.runner._original.engines.values()
-    graph = engine._training_manager._onnx_models.optimized_model.graph
+    graph = graph_of(model)
     weights = {n.output[0] for n in graph.node if operator_name(n) == quantized.DECODE}
     readers = [operator_name(n) for n in graph.node if weights & set(n.input)]
     assert sorted(readers) == ["ort_train::product_nn", "ort_train::product_nt"]

@@ -19,10 +19,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, make_batch
 from test_architectures import GRADIENT_TOLERANCE, LOSS_TOLERANCE, assert_as_eager, flipped
+from trained_graphs import engines
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.forward import taken_over
 
 LABELS = OrtOptions(num_threads=1, label_sparsity=True)
 PADDING = OrtOptions(num_threads=1, padding_sparsity=True)
@@ -74,12 +74,6 @@ def language_models() -> list[Any]:
         for each in ARCHITECTURES
         if each.task != "image"
     ]
-
-
-def engines(module: torch.nn.Module) -> list[Any]:
-    stand_in = taken_over(module)
-    assert stand_in is not None
-    return list(stand_in.runner._original.engines.values())
 
 
 def batch(rows: int, length: int, density: float, seed: int = 0, vocab: int = 300) -> dict:

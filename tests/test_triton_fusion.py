@@ -18,9 +18,9 @@ import pytest
 import torch
 from onnx import TensorProto as T
 from onnx import helper
+from trained_graphs import manager_of
 
 from ort_train import wrap
-from ort_train.backends import taken_over
 from ort_train.errors import BackendUnavailableError, ConfigError
 from ort_train.ortmodule import OrtOptions, triton_kernels
 from ort_train.ortmodule.triton_config import FusionConfig, read_config, supported_ops
@@ -53,8 +53,7 @@ def training_graph(model_type: str) -> Any:
     model = wrap(getattr(transformers, name).from_config(config).train(), backend="ort")
     ids = torch.arange(3, 3 + BATCH * TOKENS).reshape(BATCH, TOKENS)
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
-    (engine,) = taken_over(model).runner._original.engines.values()
-    return session_graph(engine._training_manager._onnx_models.optimized_model)
+    return session_graph(manager_of(model)._onnx_models.optimized_model)
 
 
 def fused_operators(model_type: str) -> list[list[str]]:

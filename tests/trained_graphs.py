@@ -1,4 +1,4 @@
-"""The training graph of a wrapped module, for tests that look at what it is made of."""
+"""The training graphs of a wrapped module, for tests that look at what they are made of."""
 
 from __future__ import annotations
 
@@ -6,14 +6,32 @@ from typing import Any
 
 import torch
 
+from ort_train.backends import ort_forward
 from ort_train.forward import taken_over
 from ort_train.ortmodule.aten import operator_name
 
 
+def forward_of(module: torch.nn.Module) -> Any:
+    """The OrtForward that runs its training calls."""
+    stand_in = taken_over(module)
+    assert stand_in is not None
+    return ort_forward(stand_in)
+
+
+def engines(module: torch.nn.Module) -> list[Any]:
+    """Those that it has built, in order."""
+    return list(forward_of(module).engines.values())
+
+
+def manager_of(module: torch.nn.Module) -> Any:
+    """Upstream's training manager; the module has one graph."""
+    (engine,) = engines(module)
+    return engine._training_manager
+
+
 def graph_of(module: torch.nn.Module) -> Any:
     """onnx.GraphProto of forward and backward; the module has one graph."""
-    (engine,) = taken_over(module).runner._original.engines.values()
-    return engine._training_manager._onnx_models.optimized_model.graph
+    return manager_of(module)._onnx_models.optimized_model.graph
 
 
 def operators(module: torch.nn.Module) -> list[str]:

@@ -75,8 +75,7 @@ def end(module: torch.nn.Module, num_steps: int) -> list[Kernel]:
         num_steps: how many steps count.
     """
     stand_in: Any = taken_over(module)
-    forward = stand_in.runner._original
-    (engine,) = forward.engines.values()
+    (engine,) = stand_in.runner.ort.engines.values()
     path, graph = engine.end_profiling()
     events = json.loads(path.read_text(encoding="utf-8"))
     return _kernels(events, _torch_operators(graph), num_steps)
