@@ -121,6 +121,23 @@ def test_each_pass_and_all_together(
     assert "Gemm" in page.read_text()
 
 
+def test_a_number_without_dimensions_stays_one(tmp_path: Path) -> None:
+    """By an index of shape () Gather drops the axis, by one of shape (1,) it keeps it."""
+    nodes = [
+        helper.make_node("Identity", ["table"], ["same"], "same"),
+        helper.make_node("Gather", ["same", "index"], ["row"], "row"),
+        helper.make_node("Add", ["x", "row"], ["y"], "sum"),
+    ]
+    index = numpy_helper.from_array(np.array(1), "index")
+    model = save(tmp_path / "in.onnx", nodes, [initializer("table", 3, SIZE), index])
+    out = tmp_path / "out.onnx"
+    optimize.optimize_path(model, out, ["eliminate_identity"])
+    shapes = {t.name: list(t.dims) for t in onnx.load(out).graph.initializer}
+    assert shapes == {"table": [3, SIZE], "index": []}
+    x = np.zeros((4, SIZE), np.float32)
+    assert np.array_equal(run(out, x), run(model, x))
+
+
 def test_different_external_weights_stay_different(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

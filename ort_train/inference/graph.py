@@ -48,7 +48,8 @@ class DataWriter:
 
     def tensor(self, name: str, array: np.ndarray) -> onnx.TensorProto:
         """An initializer of the array; large ones are written and only referred to."""
-        array = np.ascontiguousarray(array)
+        # Contiguous; np.ascontiguousarray makes one dimension where there is none.
+        array = np.asarray(array, order="C")
         if array.nbytes < _INLINE_BYTES:
             return numpy_helper.from_array(array, name)
         offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
