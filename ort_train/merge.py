@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import checkpoints, fingerprint, quantization
 from .config import RunConfig
 from .errors import CheckpointError, ModelError
+from .files import new_folder_obstacle
 from .recipes import load_recipe
 from .run_folder import CONFIG_FILE, MODEL_FOLDER
 
@@ -36,19 +37,18 @@ def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
         What was merged onto what, one line.
 
     Raises:
-        CheckpointError: `run` has no adapter, or one of another base, or `out` holds something.
+        CheckpointError: `run` has no adapter, or one of another base, or `out` holds something or
+            can't be made.
         ModelError: the adapter is of another architecture.
     """
-    run, out = Path(run).expanduser(), Path(out).expanduser()
+    run, out = Path(run).expanduser(), Path(out).expanduser().resolve()
     config, adapter = _read(run)
     if base is not None and config.adapter.method != "qlora":
         raise CheckpointError(
             f"{str(run)!r} is no QLoRA run: its base is the original one, leave out base {base}"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            f"{str(out)!r} is not an empty folder, and nothing is overwritten: name a new one"
-        )
+    if (obstacle := new_folder_obstacle(out)) is not None:
+        raise CheckpointError(f"{str(out)!r} {obstacle}")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(adapter)

@@ -346,6 +346,52 @@ def test_nothing_is_overwritten(llama: Path, tmp_path: Path) -> None:
     assert left_over(tmp_path) == ["mine.txt"]
 
 
+def test_a_place_that_cant_be_is_found_before_work_starts(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    monkeypatch.setattr(parity, "reference", None)  # not come to
+    with pytest.raises(ExportError, match=r"out' can't be made, as .*/file' is no folder"):
+        export_model(llama, file / "below" / "out")
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mounted)
+    with pytest.raises(ExportError, match="is where a disk is mounted"):
+        export_model(llama, mounted)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ExportError, match="nothing can be written into"):
+        export_model(llama, tmp_path / "new" / "out")
+    assert left_over(tmp_path) == ["file", "mounted"]
+
+
+def test_a_link_is_followed(llama: Path, tmp_path: Path) -> None:
+    """What it stands for may lie on another disk."""
+    for name in ("empty", "missing"):
+        disk = tmp_path / f"disk of {name}"
+        disk.mkdir()
+        if name == "empty":
+            (disk / "target").mkdir()
+        link = tmp_path / name
+        link.symlink_to(disk / "target")
+        assert export_model(llama, link).path == disk / "target"
+        assert link.is_symlink()
+        assert left_over(disk) == ["target"]
+    assert left_over(tmp_path) == ["disk of empty", "disk of missing", "empty", "missing"]
+
+
+def test_a_disk_that_fills_up_is_told(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parity, "measure", full)
+    with pytest.raises(ExportError, match="nothing of it is kept: .*No space left on device"):
+        export_model(llama, tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
 def test_a_full_disk_is_found_before_anything_is_written(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,8 @@ def test_nothing_is_overwritten(lora_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="is not an empty folder"):
         merge(lora_run, tmp_path)
+    with pytest.raises(CheckpointError, match=r"can't be made, as .*mine.txt' is no folder"):
+        merge(lora_run, tmp_path / "mine.txt" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

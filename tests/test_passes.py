@@ -274,6 +274,14 @@ def test_what_is_asked_wrongly(
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
+def test_a_place_that_cant_be_is_found_before_work_starts(biased: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ModelError, match=r"can't be made, as .*/file' is no folder"):
+        optimize.optimize_path(biased, tmp_path / "file" / "out.onnx", ["eliminate_identity"])
+    with pytest.raises(ModelError, match=r"can't be made, as .*/file' is no folder"):
+        optimize.check_out(biased.parent, tmp_path / "file" / "out")
+
+
 def test_what_is_no_model(biased: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.onnx"
     text.write_text("not a model")

@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ort_train import checkpoints
 from ort_train.errors import ExportError
+from ort_train.files import new_folder_obstacle
 
 if TYPE_CHECKING:
     import onnx
@@ -195,32 +196,34 @@ def staged(out: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         num_bytes: that will be written, asked of the disk first.
 
     Raises:
-        ExportError: `out` holds something.
+        ExportError: `out` holds something, or can't be written.
         CheckpointError: the disk has less room.
     """
     out = check_out(out)
     checkpoints.check_room(out, num_bytes, "the exported model")
     folder = out.parent / f".{out.name}.incomplete-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         yield folder
         checkpoints.publish(folder, out)
+    except OSError as error:
+        raise ExportError(
+            f"{str(out)!r} isn't written, and nothing of it is kept: {error}"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_out(out: str | Path) -> Path:
-    """The folder to write, made sure to be new or empty.
+    """The folder to write, links followed, made sure to be new or empty, and to have a place.
 
     Raises:
-        ExportError: it holds something.
+        ExportError: it holds something, or can't be made.
     """
-    out = Path(out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(
-            f"{str(out)!r} is not an empty folder, and nothing is overwritten: name a new one"
-        )
+    out = Path(out).expanduser().resolve()
+    if (obstacle := new_folder_obstacle(out)) is not None:
+        raise ExportError(f"{str(out)!r} {obstacle}")
     return out
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ort_train.errors import ConfigError, ModelError
-from ort_train.files import replacing
+from ort_train.files import new_folder_obstacle, parent_obstacle, replacing
 from ort_train.inference import drawing, onnx_files, passes
 
 PAGE_FILE = "optimize.html"
@@ -71,16 +71,16 @@ def check_out(source: Path, out: Path) -> None:
     if source.is_dir():
         if out.suffix == ".onnx":
             raise ModelError(f"{str(source)!r} is a folder, so --out {out} must name one too")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ModelError(
-                f"{str(out)!r} is not an empty folder, and nothing is overwritten: name a new one"
-            )
+        if (obstacle := new_folder_obstacle(out.resolve())) is not None:
+            raise ModelError(f"{str(out)!r} {obstacle}")
         return
     if out.suffix != ".onnx":
         raise ModelError(f"--out {out} must end in .onnx, as {source.name} does")
     written = (out, out.with_name(f"{out.name}.data"), out.with_suffix(".html"))
     if taken := [path for path in written if path.exists()]:
         raise ModelError(f"{str(taken[0])!r} is there already: name another --out")
+    if (obstacle := parent_obstacle(out)) is not None:
+        raise ModelError(f"{str(out)!r} {obstacle}")
 
 
 def _page(optimized: passes.Optimized, name: str, block: str | None) -> str:
