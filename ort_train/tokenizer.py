@@ -102,6 +102,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, **load_arguments(model, name, revision))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"can't load the tokenizer of {name}: {error}") from error
+    if not knows_text(tokenizer):
+        raise ModelError(
+            f"{name} has no tokenizer's files: set model.tokenizer to a model or folder that has"
+        )
     if is_masked and tokenizer.mask_token_id is None:
         raise ModelError(
             f"the tokenizer of {name} has no mask token, which model.task masked-lm needs: set "
@@ -118,6 +122,15 @@ def load_tokenizer(
             "the tokenizer of %s has no pad token: its eos token %s pads", name, tokenizer.eos_token
         )
     return tokenizer
+
+
+def knows_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is more than special tokens.
+
+    From a folder without its files AutoTokenizer makes an empty tokenizer of some kinds (GPT-2,
+    Qwen2, Gemma in transformers 5), without an error.
+    """
+    return len(tokenizer) > len(set(tokenizer.all_special_ids))
 
 
 def _train_tokenizer(text: str, vocab_size: int, special: Iterable[str]) -> Tokenizer:

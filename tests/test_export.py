@@ -233,6 +233,21 @@ def test_sharded_weights_in_half_precision_are_exported_as_fp32(dtype: str, tmp_
         exported.load_tokenizer()
 
 
+def test_a_tokenizer_that_transformers_makes_of_nothing_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of GPT-2, Qwen, Gemma and others it makes one that knows special tokens only."""
+    make_decoder("qwen2").save_pretrained(tmp_path / "model")
+    said: list[str] = []
+    exported = export_model(tmp_path / "model", tmp_path / "out", say=said.append)
+    assert "no tokenizer is exported" in said[0]
+    assert not list(exported.path.glob("tokenizer*"))
+    with pytest.raises(ExportError, match="it has no tokenizer's files"):
+        exported.load_tokenizer()
+    assert main(["generate", str(exported.path), "--prompt", "to be"]) == 2
+    assert "pass token ids" in capsys.readouterr().err
+
+
 def test_folder_is_complete(llama: Path, exported_llama: Path) -> None:
     assert left_over(exported_llama) == [
         "config.json",

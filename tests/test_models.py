@@ -120,6 +120,13 @@ def test_load_tokenizer_takes_the_one_named(saved, tokenizer):
         load_tokenizer(made())
 
 
+def test_a_model_without_its_tokenizers_files(tmp_path):
+    """transformers 5 makes a tokenizer of special tokens only for some kinds of models."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+
+
 def test_tokenizer_that_cant_be_loaded(tmp_path):
     with pytest.raises(ModelError, match="can't load the tokenizer of"):
         load_tokenizer(made(tokenizer=str(tmp_path)))

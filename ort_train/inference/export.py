@@ -23,6 +23,7 @@ from ort_train.inference.folder import (
     check_out,
     load_folder,
     load_graph,
+    read_tokenizer,
     staged,
     write_info,
 )
@@ -301,8 +302,6 @@ def _copy_companions(
     folder: Path, staging: Path, config: Any, generation: Any, say: Callable[[str], Any]
 ) -> None:
     """Config, generation config and tokenizer."""
-    from transformers import AutoTokenizer
-
     config.save_pretrained(staging)
     own = folder / "generation_config.json"
     if own.is_file():
@@ -310,7 +309,7 @@ def _copy_companions(
     else:
         generation.save_pretrained(staging)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # tokenizers raises bare Exception
         say(f"no tokenizer is exported, as {str(folder)!r} has none to load: {_first_line(error)}")
         return

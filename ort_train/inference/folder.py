@@ -125,15 +125,29 @@ class ExportedModel:
         Raises:
             ExportError: the folder has none, or a damaged one.
         """
-        from transformers import AutoTokenizer
-
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            return read_tokenizer(self.path)
         except Exception as error:  # tokenizers raises bare Exception
             raise ExportError(
                 f"{str(self.path)!r} has no tokenizer that can be loaded ({error}): pass token "
                 "ids, or put the tokenizer's files into the folder"
             ) from error
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder of transformers.
+
+    Raises:
+        Exception: there is none that can be loaded; transformers and tokenizers raise any.
+    """
+    from transformers import AutoTokenizer
+
+    from ort_train.tokenizer import knows_text
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not knows_text(tokenizer):
+        raise ExportError("it has no tokenizer's files")
+    return tokenizer
 
 
 def load_folder(folder: str | Path) -> ExportedModel:
