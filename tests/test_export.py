@@ -402,7 +402,7 @@ def test_a_disk_that_fills_up_is_told(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(parity, "measure", full)
-    with pytest.raises(ExportError, match="nothing of it is kept: .*No space left on device"):
+    with pytest.raises(ExportError, match=r"nothing of it is kept: .*No space left on device"):
         export_model(llama, tmp_path / "out")
     assert left_over(tmp_path) == []
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import FUSED, MAX_POSITIONS, TRACED, VOCAB_SIZE, save_decoder
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import BatchEncoding, GenerationConfig, StoppingCriteriaList
 
 from ort_train.cli import main
 from ort_train.errors import ExportError, GenerationError
@@ -91,6 +91,20 @@ def test_a_row_has_the_same_tokens_alone_and_in_a_batch(pair: Pair) -> None:
     for row, tokens in zip(rows_of(prompts), together, strict=True):
         alone = pair.generator.generate([row], max_new_tokens=NEW_TOKENS, eos_token_id=None)
         assert torch.equal(alone[0, len(row) :], tokens[17:])
+
+
+def test_without_a_mask_padding_is_what_it_is_in_transformers(pair: Pair) -> None:
+    ids = torch.randint(9, VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids[1, :4] = 7  # whose embedding isn't zero, as that of the model's own padding is
+    tokens = []
+    for end in (1, 7, [1, 7], None):  # what ends a text is no padding
+        options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 7, "eos_token_id": end}
+        want = pair.model.generate(ids, do_sample=False, **options)
+        ours = pair.generator.generate(ids, do_sample=False, **options)
+        assert torch.equal(ours, want)
+        tokens.append(ours[1, 9:].tolist())
+    assert tokens[1] == tokens[2]
+    assert tokens[0] != tokens[1]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +273,13 @@ def test_options_that_cant_be_are_refused(
             "a prompt has no token",
         ),
         ({"inputs": [[5]], "attention_mask": torch.ones(1, 1)}, "leave out attention_mask"),
+        ({"inputs": torch.tensor([[5, 6], [PAD, PAD]])}, "a prompt has no token"),
+        ({"inputs": [5, 6]}, r"not this list: \[\[5, 6\]\] is one row"),
+        ({"inputs": BatchEncoding({"input_ids": [[5]]})}, r"goes in as generate\(\*\*inputs\)"),
+        (
+            {"inputs": torch.tensor([[5]]), "input_ids": torch.tensor([[6]])},
+            "inputs and input_ids are two names",
+        ),
         ({"inputs": [[5] * (MAX_POSITIONS + 1)]}, f"{MAX_POSITIONS + 1} tokens of prompt and 1"),
     ],
 )

@@ -15,7 +15,13 @@ import torch
 
 from ort_train.errors import GenerationError
 from ort_train.inference.folder import load_folder
-from ort_train.inference.sampling import Sampling, make_processors, resolve
+from ort_train.inference.sampling import (
+    Sampling,
+    make_processors,
+    merge_options,
+    padding_token,
+    resolve,
+)
 from ort_train.inference.session import DecoderSession, Decoding
 
 if TYPE_CHECKING:
@@ -87,8 +93,8 @@ class OrtGenerator:
 
         Args:
             inputs: token ids (B, T), padded on either side; or a list of rows without padding.
-            attention_mask: (B, T), 1 for the tokens of a row and 0 for its padding. None: none is
-                padded.
+            attention_mask: (B, T), 1 for the tokens of a row and 0 for its padding. None: what is
+                `pad_token_id` is padding, unless that ends a text, too: then none is.
             logits_processor: applied after the options' own.
             stopping_criteria: asked after each token.
             streamer: gets the prompt, then each token.
@@ -104,16 +110,15 @@ class OrtGenerator:
         Raises:
             GenerationError: an option that isn't taken, or prompts that the model hasn't room for.
         """
-        given_BT, prompts = _rows(input_ids if inputs is None else inputs, attention_mask)
-        longest = max(map(len, prompts))
-        sampling = resolve(
-            self.generation_config,
-            generation_config,
-            options,
-            longest if given_BT is None else given_BT.shape[1],
-            longest,
-            self.info.max_positions,
+        if inputs is not None and input_ids is not None:
+            raise GenerationError("inputs and input_ids are two names of one thing: leave one out")
+        config = merge_options(self.generation_config, generation_config, options)
+        given_BT, prompts = _rows(
+            input_ids if inputs is None else inputs, attention_mask, padding_token(config)
         )
+        longest = max(map(len, prompts))
+        width = longest if given_BT is None else given_BT.shape[1]
+        sampling = resolve(config, width, longest, self.info.max_positions)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ids_BT, starts = _left_padded(prompts, sampling)
         processors = make_processors(sampling, ids_BT[:, :longest], starts)
@@ -177,7 +182,9 @@ def _choose(
 
 
 def _rows(
-    inputs: torch.Tensor | Sequence[Sequence[int]] | None, attention_mask: torch.Tensor | None
+    inputs: torch.Tensor | Sequence[Sequence[int]] | None,
+    attention_mask: torch.Tensor | None,
+    padding_token: int | None,
 ) -> tuple[torch.Tensor | None, list[list[int]]]:
     """The inputs as a tensor (None for a list of rows), and each row without its padding."""
     if inputs is None:
@@ -185,13 +192,20 @@ def _rows(
     if not isinstance(inputs, torch.Tensor):
         if attention_mask is not None:
             raise GenerationError("a list of rows has no padding: leave out attention_mask")
-        rows = [list(map(int, row)) for row in inputs]
+        try:
+            rows = [list(map(int, row)) for row in inputs]
+        except (TypeError, ValueError) as error:
+            raise GenerationError(
+                "token ids should be a tensor (batch, tokens) or a list of rows, not this "
+                f"{type(inputs).__name__}: [[5, 6]] is one row, and what a tokenizer returns goes "
+                "in as generate(**inputs)"
+            ) from error
         _check_rows(rows)
         return None, rows
     if inputs.dim() != 2:
         raise GenerationError(f"token ids of shape {tuple(inputs.shape)} should be (batch, tokens)")
     if attention_mask is None:
-        rows = inputs.tolist()
+        rows = [[token for token in row if token != padding_token] for row in inputs.tolist()]
     elif attention_mask.shape != inputs.shape:
         raise GenerationError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, the token ids have "

@@ -62,22 +62,13 @@ class Sampling:
         return bool(self.config.do_sample)
 
 
-def resolve(
-    defaults: GenerationConfig,
-    given: GenerationConfig | None,
-    options: Mapping[str, Any],
-    width: int,
-    longest: int,
-    max_positions: int | None,
-) -> Sampling:
+def merge_options(
+    defaults: GenerationConfig, given: GenerationConfig | None, options: Mapping[str, Any]
+) -> GenerationConfig:
     """The options of one generation: those of the call, then of `given`, then the model's defaults.
 
-    Args:
-        width: tokens of the prompts with their padding, from which max_length counts.
-        longest: tokens of the longest prompt.
-
     Raises:
-        GenerationError: an option that isn't taken, or lengths that the model hasn't.
+        GenerationError: an option that isn't taken, or a value that can't be.
     """
     unknown = [name for name in options if name not in OPTIONS]
     if refused := [name for name in unknown if _has_effect(name, options[name])]:
@@ -98,8 +89,28 @@ def resolve(
             setattr(config, name, options[name])
     _refuse_others(config)
     _check_ranges(config)
-    eos = config.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
+    return config
+
+
+def padding_token(config: GenerationConfig) -> int | None:
+    """The token that is padding in prompts without a mask, as transformers sees it; None: none."""
+    pad = config.pad_token_id
+    return None if pad is None or pad in _eos_token_ids(config) else int(pad)
+
+
+def resolve(
+    config: GenerationConfig, width: int, longest: int, max_positions: int | None
+) -> Sampling:
+    """The options of one generation, complete.
+
+    Args:
+        width: tokens of the prompts with their padding, from which max_length counts.
+        longest: tokens of the longest prompt.
+
+    Raises:
+        GenerationError: lengths that the model hasn't.
+    """
+    eos_ids = _eos_token_ids(config)
     pad = config.pad_token_id
     if pad is None:
         pad = eos_ids[0] if eos_ids else 0
@@ -151,6 +162,13 @@ def make_processors(
     if config.typical_p is not None and config.typical_p < 1.0:
         processors.append(tf.TypicalLogitsWarper(config.typical_p))
     return processors
+
+
+def _eos_token_ids(config: GenerationConfig) -> tuple[int, ...]:
+    eos = config.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
 
 
 def _has_effect(name: str, value: Any) -> bool:
