@@ -16,7 +16,9 @@ from ort_train.ortmodule.graph import GraphIndex, attribute
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"
-_REDUCTIONS = (b"mean", b"sum")
+#: What torch runs in their place, by the reduction.
+OPERATORS = {name: f"ort_train::cross_entropy_{name}" for name in ("mean", "sum")}
+GRADIENTS = {reduction: f"{name}_grad" for reduction, name in OPERATORS.items()}
 _nll_loss = torch.ops.aten.nll_loss_forward.default
 #: So many entries are computed while the cache has them; more calls than that cost more.
 _PART_ENTRIES = 2**20
@@ -36,8 +38,8 @@ def _parts(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         yield part, room[: part.stop - first]
 
 
-def _define(name: str) -> None:
-    @direct(f"ort_train::cross_entropy_{name}")
+def _define(reduction: str) -> None:
+    @direct(OPERATORS[reduction])
     def forward(
         logits: torch.Tensor, labels: torch.Tensor, ignore_index: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -51,7 +53,7 @@ def _define(name: str) -> None:
             torch.log_softmax(logits[part], -1, out=room)
             sums.append(_nll_loss(room, labels[part], None, _SUM, ignored))
         total, count = (torch.stack(each).sum() for each in zip(*sums, strict=True))
-        return total / count if name == "mean" else total
+        return total / count if reduction == "mean" else total
 
     def write_gradient(
         result: torch.Tensor,
@@ -62,7 +64,7 @@ def _define(name: str) -> None:
     ) -> torch.Tensor:
         is_kept = labels != _ignored(ignore_index)
         label = torch.where(is_kept, labels, 0)[:, None]
-        scale = grad.reshape(()) / (is_kept.sum() if name == "mean" else 1)
+        scale = grad.reshape(()) / (is_kept.sum() if reduction == "mean" else 1)
         weight = torch.where(is_kept, scale, 0.0)[:, None]
         is_rounded = result.dtype != logits.dtype
         for part, room in _parts(logits):
@@ -74,7 +76,7 @@ def _define(name: str) -> None:
                 result[part] = rows
         return result
 
-    @direct(f"ort_train::cross_entropy_{name}_grad")
+    @direct(GRADIENTS[reduction])
     def backward(
         grad: torch.Tensor,
         logits: torch.Tensor,
@@ -85,7 +87,7 @@ def _define(name: str) -> None:
         result = memory.empty(*logits.shape, dtype=logits.dtype)
         return write_gradient(result, grad, logits, labels, ignore_index)
 
-    @direct(f"ort_train::cross_entropy_{name}_grad{BF16_SUFFIX}")
+    @direct(GRADIENTS[reduction] + BF16_SUFFIX)
     def backward_in_bf16(
         grad: torch.Tensor,
         logits: torch.Tensor,
@@ -97,8 +99,8 @@ def _define(name: str) -> None:
         return write_gradient(result, grad, logits, labels, ignore_index)
 
 
-for _name in _REDUCTIONS:
-    _define(_name.decode())
+for _reduction in OPERATORS:
+    _define(_reduction)
 
 
 def replace(graph: Any) -> None:
@@ -110,23 +112,24 @@ def replace(graph: Any) -> None:
     index = GraphIndex(graph)
     logits_of: dict[str, str] = {}  # by the name of the logarithms of their probabilities
     for position, node in enumerate(graph.node):
-        reduction = attribute(node, "reduction", b"mean")
+        if node.op_type not in (_FORWARD, _BACKWARD):
+            continue
+        reduction = attribute(node, "reduction", b"mean").decode()
         if node.op_type == _FORWARD:
             logits, labels, weight, ignored = [*node.input, "", ""][:4]
             log_probs = node.output[1]
             readers = index.consumers(log_probs)
             is_free = log_probs not in index.outputs and all(map(_is_gradient, readers))
             is_plain = len(index.shapes.get(logits, ())) == 2 and not weight
-            if not (is_free and is_plain and reduction in _REDUCTIONS):
+            if not (is_free and is_plain and reduction in OPERATORS):
                 continue
             logits_of[log_probs] = logits
-            suffix, inputs = "", [logits, labels, ignored]
+            name, inputs = OPERATORS[reduction], [logits, labels, ignored]
         elif _is_gradient(node) and node.input[1] in logits_of:
             grad, log_probs, labels, _, ignored = [*node.input, "", ""][:5]
-            suffix, inputs = "_grad", [grad, logits_of[log_probs], labels, ignored]
+            name, inputs = GRADIENTS[reduction], [grad, logits_of[log_probs], labels, ignored]
         else:
             continue
-        name = f"ort_train::cross_entropy_{reduction.decode()}{suffix}"
         inputs = inputs if inputs[-1] else inputs[:-1]
         graph.node[position].CopyFrom(aten_node(name, inputs, node.output[:1], node.name))
 

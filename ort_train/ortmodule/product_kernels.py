@@ -143,16 +143,20 @@ def _batched_product_in_bf16(
     return torch.matmul(left, right, out=memory.empty(*sizes, dtype=torch.bfloat16))
 
 
-def operator(kind: str, a_t: bool, b_t: bool) -> str:
-    """The name of what computes a kind of product, of factors that are transposed first or not."""
-    return f"ort_train::{kind}_{'t' if a_t else 'n'}{'t' if b_t else 'n'}"
+_TRANSPOSED = tuple(itertools.product((False, True), repeat=2))
 
 
-for _a_t, _b_t in itertools.product((False, True), repeat=2):
-    for _name, _function in (
-        (operator("product", _a_t, _b_t), _product),
-        (operator("product", _a_t, _b_t) + BF16_SUFFIX, _product_in_bf16),
-        (operator("batched_product", _a_t, _b_t), _batched_product),
-        (operator("batched_product", _a_t, _b_t) + BF16_SUFFIX, _batched_product_in_bf16),
-    ):
-        direct(_name)(functools.partial(_function, a_t=_a_t, b_t=_b_t))
+def _operators(kind: str) -> dict[tuple[bool, bool], str]:
+    return {(a_t, b_t): f"ort_train::{kind}_{'nt'[a_t]}{'nt'[b_t]}" for a_t, b_t in _TRANSPOSED}
+
+
+#: What multiplies, by whether a and b are transposed first: matrices, and the last two axes.
+PRODUCTS, BATCHED_PRODUCTS = _operators("product"), _operators("batched_product")
+
+for _names, _in_fp32, _in_bf16 in (
+    (PRODUCTS, _product, _product_in_bf16),
+    (BATCHED_PRODUCTS, _batched_product, _batched_product_in_bf16),
+):
+    for (_a_t, _b_t), _name in _names.items():
+        direct(_name)(functools.partial(_in_fp32, a_t=_a_t, b_t=_b_t))
+        direct(_name + BF16_SUFFIX)(functools.partial(_in_bf16, a_t=_a_t, b_t=_b_t))

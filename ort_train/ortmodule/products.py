@@ -28,6 +28,7 @@ from ort_train.ortmodule import (
     attention_kernels,
     bf16_values,
     embeddings,
+    losses,
     onednn,
     product_kernels,
 )
@@ -60,6 +61,11 @@ _NUM_FACTORS = {
     **dict.fromkeys(attention_kernels.OPERATORS.values(), 3),
     **dict.fromkeys(attention_kernels.GRADIENTS.values(), 4),
 }
+_PRODUCTS, _BATCHED_PRODUCTS = product_kernels.PRODUCTS, product_kernels.BATCHED_PRODUCTS
+#: Operators of whose names another hands on bf16, with BF16_SUFFIX.
+_HAND_ON = frozenset(
+    {*_PRODUCTS.values(), *_BATCHED_PRODUCTS.values(), *losses.GRADIENTS.values(), *_NUM_FACTORS}
+)
 #: The gradient of MatMul names the factors so that it has flattened to matrices
 #: (`gradient_builder.cc`, GetMatMulGradient).
 _FLATTENED = "_reshape_2d"
@@ -68,7 +74,7 @@ _FLATTENED = "_reshape_2d"
 class _Product(NamedTuple):
     """a · b + bias, each factor transposed first where its flag says so."""
 
-    kind: str
+    is_batched: bool
     a: str
     b: str
     bias: str
@@ -149,7 +155,7 @@ def _product_of(graph: GraphIndex, node: Any, wanted: Wanted) -> _Product | None
         return None
     a_t, b_t = bool(attribute(node, "transA")), bool(attribute(node, "transB"))
     a, b = node.input[:2]
-    product = _Product("product", a, b, bias, a_t, b_t, node.output[0])
+    product = _Product(False, a, b, bias, a_t, b_t, node.output[0])
     if node.op_type == "Gemm":
         return _gemm(graph, product, wanted)
     b, is_transpose = _untransposed(graph, product.b)
@@ -158,7 +164,7 @@ def _product_of(graph: GraphIndex, node: Any, wanted: Wanted) -> _Product | None
             return None
         return _with_bias(graph, product._replace(b=b, b_t=b_t ^ is_transpose))
     is_float = graph.types.get(product.output) == 1  # onnx.TensorProto.FLOAT
-    return product._replace(kind="batched_product") if wanted.is_bf16 and is_float else None
+    return product._replace(is_batched=True) if wanted.is_bf16 and is_float else None
 
 
 def _with_bias(graph: GraphIndex, product: _Product) -> _Product:
@@ -275,7 +281,8 @@ def replace(proto: Any, wanted: Wanted) -> int:
             graph.infos[product.b].type.tensor_type.elem_type = TensorProto.BFLOAT16
             factors.append(product.b)
         replaced.add(product.output)
-        operator = product_kernels.operator(product.kind, product.a_t, product.b_t)
+        operators = _BATCHED_PRODUCTS if product.is_batched else _PRODUCTS
+        operator = operators[product.a_t, product.b_t]
         bias = [product.bias] if product.bias else []
         nodes.append(node_of(operator, factors + bias, product.output))
     declare(proto, (f"{name}/bf16" for name in rounded), TensorProto.BFLOAT16)
@@ -289,7 +296,7 @@ def replace(proto: Any, wanted: Wanted) -> int:
 
 
 def _is_product(node: Any) -> bool:
-    return operator_name(node).startswith("ort_train::product_")
+    return operator_name(node) in _PRODUCTS.values()
 
 
 def _is_rounding(node: Any) -> bool:
@@ -298,10 +305,7 @@ def _is_rounding(node: Any) -> bool:
 
 def _can_hand_on(node: Any) -> bool:
     """Whether an operator of the same name with BF16_SUFFIX hands on bf16."""
-    name = operator_name(node)
-    is_loss = name.startswith("ort_train::cross_entropy_") and name.endswith("_grad")
-    is_product = name.startswith(("ort_train::product_", "ort_train::batched_product_"))
-    return is_loss or is_product or name in _NUM_FACTORS
+    return operator_name(node) in _HAND_ON
 
 
 def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
