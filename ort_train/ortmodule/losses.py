@@ -5,6 +5,7 @@ ONNX Runtime's (`SoftmaxCrossEntropyLossInternal` and its gradient) runs on one 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,13 +56,17 @@ def _define(reduction: str) -> None:
         total, count = (torch.stack(each).sum() for each in zip(*sums, strict=True))
         return total / count if reduction == "mean" else total
 
-    def write_gradient(
-        result: torch.Tensor,
+    @direct(GRADIENTS[reduction])
+    def backward(
         grad: torch.Tensor,
         logits: torch.Tensor,
         labels: torch.Tensor,
-        ignore_index: torch.Tensor | None,
+        ignore_index: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
+        """Gradient with respect to the logits, (N, C), of their type or rounded to another."""
+        result = memory.empty(*logits.shape, dtype=dtype or logits.dtype)
         is_kept = labels != _ignored(ignore_index)
         label = torch.where(is_kept, labels, 0)[:, None]
         scale = grad.reshape(()) / (is_kept.sum() if reduction == "mean" else 1)
@@ -76,27 +81,8 @@ def _define(reduction: str) -> None:
                 result[part] = rows
         return result
 
-    @direct(GRADIENTS[reduction])
-    def backward(
-        grad: torch.Tensor,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        ignore_index: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Gradient with respect to the logits, (N, C)."""
-        result = memory.empty(*logits.shape, dtype=logits.dtype)
-        return write_gradient(result, grad, logits, labels, ignore_index)
-
-    @direct(GRADIENTS[reduction] + BF16_SUFFIX)
-    def backward_in_bf16(
-        grad: torch.Tensor,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        ignore_index: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The same, rounded."""
-        result = memory.empty(*logits.shape, dtype=torch.bfloat16)
-        return write_gradient(result, grad, logits, labels, ignore_index)
+    in_bf16 = functools.partial(backward, dtype=torch.bfloat16)
+    direct(GRADIENTS[reduction] + BF16_SUFFIX)(in_bf16)
 
 
 for _reduction in OPERATORS:
