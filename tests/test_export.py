@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import FUSED, MAX_POSITIONS, TRACED, WINDOW, make_decoder, save_decoder
+from tiny_runs import train_adapter
 from transformers import AutoTokenizer
 
 from ort_train.cli import main
@@ -45,6 +46,17 @@ def torch_logits(model: Any, row: list[int]) -> np.ndarray:
         return model(input_ids=torch.tensor([row])).logits[0, -1].numpy()
 
 
+def assert_decodes_as(model: Any, exported: Any) -> None:
+    """Prompts of unequal lengths, then a step."""
+    rows = [list(range(7, 7 + 3 * WINDOW)), [5, 9], [250]]
+    decoding = DecoderSession(exported, num_threads=1).start(rows, 3 * WINDOW + 1)
+    for row, logits in zip(rows, decoding.logits, strict=True):
+        assert np.abs(torch_logits(model, row) - logits).max() < TOLERANCE
+    decoding.step([3, 4, 5])
+    for row, token, logits in zip(rows, [3, 4, 5], decoding.logits, strict=True):
+        assert np.abs(torch_logits(model, [*row, token]) - logits).max() < TOLERANCE
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_graph_has_pytorch_logits(name: str, tmp_path: Path) -> None:
     model_type, fields = FUSED[name]
@@ -55,14 +67,8 @@ def test_fused_graph_has_pytorch_logits(name: str, tmp_path: Path) -> None:
     assert exported.info.parity.decode_steps == 32
     assert len(set(exported.info.parity.prompt_lengths)) == 3
     assert exported.info.parity.logits_max_abs < TOLERANCE
-    # Once more, apart from the gate's own code: prompts of unequal lengths, then a step.
-    rows = [list(range(7, 7 + 3 * WINDOW)), [5, 9], [250]]
-    decoding = DecoderSession(exported, num_threads=1).start(rows, 3 * WINDOW + 1)
-    for row, logits in zip(rows, decoding.logits, strict=True):
-        assert np.abs(torch_logits(model, row) - logits).max() < TOLERANCE
-    decoding.step([3, 4, 5])
-    for row, token, logits in zip(rows, [3, 4, 5], decoding.logits, strict=True):
-        assert np.abs(torch_logits(model, [*row, token]) - logits).max() < TOLERANCE
+    # Once more, apart from the gate's own code.
+    assert_decodes_as(model, exported)
 
 
 @pytest.mark.parametrize("name", TRACED)
@@ -74,13 +80,7 @@ def test_traced_graph_has_pytorch_logits(name: str, tmp_path: Path) -> None:
     assert exported.info.kind == "traced"
     assert said[0].startswith("no fused graph: ")
     assert "runs slower" in said[0]
-    rows = [list(range(7, 7 + 3 * WINDOW)), [5, 9], [250]]
-    decoding = DecoderSession(exported, num_threads=1).start(rows, 3 * WINDOW + 1)
-    for row, logits in zip(rows, decoding.logits, strict=True):
-        assert np.abs(torch_logits(model, row) - logits).max() < TOLERANCE
-    decoding.step([3, 4, 5])
-    for row, token, logits in zip(rows, [3, 4, 5], decoding.logits, strict=True):
-        assert np.abs(torch_logits(model, [*row, token]) - logits).max() < TOLERANCE
+    assert_decodes_as(model, exported)
     graph = load_graph(exported.path).graph
     assert not any(node.op_type == "GroupQueryAttention" for node in graph.node)
     assert all(tensor.external_data or len(tensor.raw_data) < 1024 for tensor in graph.initializer)
@@ -274,20 +274,7 @@ def test_folder_is_complete(llama: Path, exported_llama: Path) -> None:
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ort_train import job
-    from ort_train.recipes import load_recipe
-
-    folder = tmp_path_factory.mktemp("runs") / "lora"
-    settings = [
-        "measure.baselines=[]",
-        "data.source=offline",
-        "train.max_steps=3",
-        "train.learning_rate=0.05",  # for an adapter that changes something
-        "train.ort={num_threads: 1}",
-        f"output.dir={folder}",
-    ]
-    job.run(load_recipe("quickstart_lora", settings, tiny=True))
-    return folder
+    return train_adapter(tmp_path_factory.mktemp("runs") / "lora")
 
 
 def test_a_run_with_an_adapter_is_merged(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny_runs import train_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ort_train import job, quantization
@@ -23,30 +24,16 @@ IDS = torch.arange(3, 51).reshape(2, 24)
 TOLERANCE = 1e-5
 
 
-def train(folder: Path, *overrides: str) -> Path:
-    settings = [
-        "measure.baselines=[]",
-        "data.source=offline",
-        "train.max_steps=3",
-        "train.learning_rate=0.05",  # for an adapter that changes something
-        "train.ort={num_threads: 1}",
-        f"output.dir={folder}",
-        *overrides,
-    ]
-    job.run(load_recipe("quickstart_lora", settings, tiny=True))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("runs") / "lora")
+    return train_adapter(tmp_path_factory.mktemp("runs") / "lora")
 
 
 @pytest.fixture(scope="module")
 def qlora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     folder = tmp_path_factory.mktemp("runs") / "qlora"
-    return train(folder, "adapter.method=qlora", "adapter.double_quant=true")
+    return train_adapter(folder, "adapter.method=qlora", "adapter.double_quant=true")
 
 
 def load_base(run: Path) -> Any:
@@ -85,7 +72,7 @@ def test_adapter_loads_into_a_plain_peft_model(
         "_save_model",
         lambda trainer, *rest: (trained.append(trainer.model), save(trainer, *rest)),
     )
-    run = train(tmp_path / "run", f"adapter.method={method}")
+    run = train_adapter(tmp_path / "run", f"adapter.method={method}")
     expected = logits(trained[0])
     assert (logits(load_plain_peft(run)) - expected).abs().max() == 0.0
     assert (logits(load_base(run)) - expected).abs().max() > 1e-3  # the adapter does something

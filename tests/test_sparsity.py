@@ -18,7 +18,12 @@ import architectures
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, make_batch
-from test_architectures import GRADIENT_TOLERANCE, LOSS_TOLERANCE, assert_as_eager, flipped
+from test_architectures import (
+    GRADIENT_TOLERANCE,
+    assert_as_eager,
+    flipped,
+    step_with_same_loss,
+)
 from trained_graphs import engines
 
 from ort_train import OrtOptions, wrap
@@ -90,13 +95,7 @@ def batch(rows: int, length: int, density: float, seed: int = 0, vocab: int = 30
 
 def assert_same_step(eager: Any, ours: Any, inputs: dict[str, Any]) -> None:
     """As assert_as_eager, for losses that may be NaN."""
-    losses = []
-    for model in (eager, ours):
-        model.zero_grad()
-        loss = model(**inputs).loss
-        loss.backward()
-        losses.append(loss.item())
-    assert losses[1] == pytest.approx(losses[0], abs=LOSS_TOLERANCE, nan_ok=True)
+    step_with_same_loss(eager, ours, inputs, nan_ok=True)
     for (name, parameter), twin in zip(eager.named_parameters(), ours.parameters(), strict=True):
         tolerance = {"atol": 1e-6, "rtol": GRADIENT_TOLERANCE, "equal_nan": True}
         torch.testing.assert_close(twin.grad, parameter.grad, **tolerance, msg=name)
