@@ -177,13 +177,13 @@ def prepare(model: torch.nn.Module, quantization: Quantization) -> None:
     """
     import torch
 
-    from .ortmodule import quantized
+    from .ortmodule import layers_4bit
 
     misread = []
-    for layer in quantized.layers(model):
+    for layer in layers_4bit.layers(model):
         layer.compute_dtype = getattr(torch, quantization.compute_dtype)
-        quantized.keep_format(layer)
-        if quantized.is_misread(layer):
+        layers_4bit.keep_format(layer)
+        if layers_4bit.is_misread(layer):
             misread.append(layer.in_features)
     if misread:
         raise ModelError(

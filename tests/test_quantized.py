@@ -15,7 +15,14 @@ from trained_graphs import graph_of  # noqa: E402
 
 from ort_train import wrap  # noqa: E402
 from ort_train.errors import UnsupportedModelError  # noqa: E402
-from ort_train.ortmodule import OrtOptions, memory, onednn, products, quantized  # noqa: E402
+from ort_train.ortmodule import (  # noqa: E402
+    OrtOptions,
+    layers_4bit,
+    memory,
+    onednn,
+    products,
+    quantized,
+)
 from ort_train.ortmodule.aten import operator_name  # noqa: E402
 
 OPTIONS = OrtOptions(num_threads=1)
@@ -294,11 +301,11 @@ def test_unquantized_and_repacked_weights_are_refused() -> None:
 
 
 def test_pins_bitsandbytes_misreading_rows_that_begin_within_a_block() -> None:
-    """When this fails, bitsandbytes is mended: `quantized.is_misread` can go."""
+    """When this fails, bitsandbytes is mended: `layers_4bit.is_misread` can go."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("the faulty kernel is for AVX-512")
     model = Model(in_features=96)
-    assert quantized.is_misread(model.base)
+    assert layers_4bit.is_misread(model.base)
     with pytest.raises(UnsupportedModelError, match="96 columns, no multiple of the block size 64"):
         wrap(model, "ort", options=OPTIONS)(torch.randn(2, 96))
 

@@ -22,6 +22,7 @@ from ort_train.ortmodule import (
     export_cache,
     gradients,
     graph_passes,
+    layers_4bit,
     memory,
     openmp,
     products,
@@ -137,7 +138,7 @@ class Engine:
         info = self._training_manager._graph_transition_manager._post_export_processed_model_info
         if self._state is None or state.parameter_ids != self._state.parameter_ids:
             info._buffer_for_ort_runs = None
-            quantized.bind_scales(self._graph_module, self._graph_module.module)
+            layers_4bit.bind_scales(self._graph_module, self._graph_module.module)
         else:
             for name in self._buffer_names:
                 info._buffer_for_ort_runs[MODULE_PREFIX + name] = state.buffers[name]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule import quantized
+from ort_train.ortmodule import layers_4bit
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.constants import same_values
 
@@ -36,7 +36,7 @@ class GraphModule(torch.nn.Module):
         self._schema = schema
         self.result_schema: ResultSchema | None = None
         self.__signature__ = None
-        quantized.bind_scales(self, module)
+        layers_4bit.bind_scales(self, module)
 
     def forward(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._schema.rebuild(tuple(tensors[name] for name in self._schema.names))
