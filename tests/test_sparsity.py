@@ -35,9 +35,6 @@ BOTH = OrtOptions(num_threads=1, label_sparsity=True, padding_sparsity=True)
 
 MakeModel = Callable[..., Any]
 
-#: One of each kind of head, loss and attention; the others are `slow`.
-FAMILIES = {"llama", "gemma2", "gpt2", "bert", "roberta", "t5", "bart"}
-
 #: What can't leave ignored labels out: JetMoe's experts hide its hidden states' shape.
 REFUSED = {"jetmoe": "can't leave out ignored labels: Reshape"}
 #: These begin a decoder's input with the last label, and each row needs one, in eager, too.
@@ -67,18 +64,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def language_models() -> list[Any]:
-    return [
-        pytest.param(
-            each,
-            id=each.model_type,
-            marks=[] if each.model_type in FAMILIES else [pytest.mark.slow],
-        )
-        for each in ARCHITECTURES
-        if each.task != "image"
-    ]
 
 
 def batch(rows: int, length: int, density: float, seed: int = 0, vocab: int = 300) -> dict:
@@ -122,7 +107,11 @@ def exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("exported_once")
-@pytest.mark.parametrize("architecture", language_models())
+@pytest.mark.parametrize(
+    "architecture",
+    [each for each in ARCHITECTURES if each.task != "image"],
+    ids=lambda a: a.model_type,
+)
 def test_as_eager(architecture: Architecture, caplog: pytest.LogCaptureFixture):
     eager = architectures.make_model(architecture)
     assert_labels_as_eager(architecture, eager)
