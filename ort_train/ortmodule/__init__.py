@@ -4,7 +4,7 @@
 exported graph; `upstream` imports ORTModule and mends it, `exporter` what it exports with; `aten`
 runs torch operators for ONNX Runtime; `symbolics` and `gradients` are the operators that upstream
 lacks; `graph_passes` lists what is done to a finished graph; `profiling` says where a graph's time
-goes.
+goes, and `peak` what speed its products could have.
 """
 
 from ort_train.ortmodule.options import OrtOptions
