@@ -402,6 +402,12 @@ def test_a_full_disk_is_found_before_anything_is_written(
     with pytest.raises(CheckpointError, match="the exported model needs"):
         export_model(llama, tmp_path / "out")
     assert left_over(tmp_path) == []
+    # Half precision on the disk is fp32 in the graph.
+    make_decoder("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    stored = sum(file.stat().st_size for file in (tmp_path / "half").glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=stored * 3 // 2))
+    with pytest.raises(CheckpointError, match="the exported model needs"):
+        export_model(tmp_path / "half", tmp_path / "out")
 
 
 def test_an_interrupted_export_leaves_nothing(
@@ -437,6 +443,23 @@ def test_what_has_no_fused_graph_is_said(
         export_model(tmp_path / "model", tmp_path / "out", graph="fused")
     with pytest.raises(ExportError, match=rf"fp32 only.* as .*{reason}.*leave out --precision"):
         export_model(tmp_path / "model", tmp_path / "out", "fp16")
+    assert left_over(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "graph", "way"),
+    [("longrope", "auto", "no fused graph: its rotary"), ("dynamic", "traced", "--graph fused")],
+)
+def test_a_rotary_embedding_that_cant_be_traced_is_named(
+    kind: str, graph: str, way: str, tmp_path: Path
+) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **factors}
+    make_decoder(
+        "llama", rope_parameters={**rope, "original_max_position_embeddings": 64}
+    ).save_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError, match=rf"can't trace this llama, as .*'{kind}' changes.*{way}"):
+        export_model(tmp_path / "model", tmp_path / "out", graph=graph)
     assert left_over(tmp_path) == ["model"]
 
 

@@ -225,6 +225,22 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{worst['rel_error']:.4f}  {worst['name']}" in shown
 
 
+def test_the_command_refuses_before_it_reads_a_text(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ort_train.inference import text
+
+    monkeypatch.setattr(text, "make_rows", None)
+    assert main(["quantize", str(folder), "--out", str(folder)]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    quantize_folder(folder, tmp_path / "once", Scheme("int8"))
+    assert main(["quantize", str(tmp_path / "once"), "--out", str(tmp_path / "twice")]) == 2
+    assert "is int8 already" in capsys.readouterr().err
+
+
 def test_without_a_tokenizer_tokens_are_random(folder: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
 #: Kinds of rotary embedding whose angles depend on the position alone. "dynamic" ones change only
 #: beyond max_position_embeddings, where a graph's table ends.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic")
+#: Kinds whose code asks a batch for its length, which a trace can't keep.
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,16 @@ def fused_obstacle(config: PretrainedConfig) -> str | None:
         return "it has norms of queries and keys (qk_layernorm)"
     if getattr(config, "use_bidirectional_attention", None):
         return "its attention sees later tokens (use_bidirectional_attention)"
+    return None
+
+
+def traced_obstacle(config: PretrainedConfig) -> str | None:
+    """Why a model's own forward can't be traced, as far as its config tells; None: it can."""
+    rope: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Of all layers, or of each kind of layer.
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if (kind := one.get("rope_type")) in _ROPE_BY_LENGTH:
+            return f"its rotary embedding {kind!r} changes with the length of the sequence"
     return None
 
 

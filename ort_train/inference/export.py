@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ort_train import provenance
 from ort_train.errors import ExportError
 from ort_train.inference import parity
-from ort_train.inference.architectures import fused_obstacle, windows
+from ort_train.inference.architectures import fused_obstacle, traced_obstacle, windows
 from ort_train.inference.folder import (
     ExportedModel,
     ExportInfo,
@@ -76,7 +76,7 @@ def export_model(
     with _transformers_folder(Path(source).expanduser(), out, say) as folder:
         config = _load_config(folder)
         kind = _choose(config, graph, precision, say)
-        num_bytes = _weight_bytes(folder, precision)
+        num_bytes = _weight_bytes(folder, config, precision)
         with staged(out, num_bytes) as staging:
             _write(folder, staging, kind, precision, str(source), say, show_progress)
     return load_folder(out)
@@ -251,6 +251,11 @@ def _choose(
                 f"a graph traced by torch.onnx is fp32 only, and this {config.model_type} would "
                 f"get one, as {why}: leave out --precision {precision}"
             )
+        if (untraceable := traced_obstacle(config)) is not None:
+            way = f"and there is no fused graph: {obstacle}" if obstacle else "use --graph fused"
+            raise ExportError(
+                f"torch.onnx can't trace this {config.model_type}, as {untraceable}; {way}"
+            )
         if obstacle is not None and graph == "auto":
             say(f"no fused graph: {obstacle}; it is exported through torch.onnx and runs slower")
         return "traced"
@@ -316,10 +321,14 @@ def _copy_companions(
     tokenizer.save_pretrained(staging)
 
 
-def _weight_bytes(folder: Path, precision: str) -> int:
-    """An estimate, from the sizes of the model's files; those may be in half precision."""
+def _weight_bytes(folder: Path, config: PretrainedConfig, precision: str) -> int:
+    """An estimate, from the sizes of the model's files and the type that the config tells of."""
+    import torch
+
     files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-    return sum(file.stat().st_size for file in files) * _BYTES[precision] // 4
+    dtype = getattr(config, "dtype", None)
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+    return sum(file.stat().st_size for file in files) * _BYTES[precision] // itemsize
 
 
 @contextlib.contextmanager

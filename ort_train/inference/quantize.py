@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ort_train.errors import ConfigError, ModelError
 from ort_train.inference import blockwise, onnx_files
 from ort_train.inference.folder import (
+    ExportedModel,
     copy_companions,
     load_folder,
     load_graph,
@@ -137,11 +138,7 @@ def quantize_folder(
         ModelError: nothing to quantize, a weight whose inputs don't fit the blocks, a source that
             is quantized already, or a result that differs by more than `max_kl`.
     """
-    source = load_folder(source_dir)
-    if source.info.precision != "fp32":
-        raise ModelError(
-            f"{str(source.path)!r} is {source.info.precision} already: quantize the fp32 export"
-        )
+    source = load_source(source_dir)
     model = load_graph(source.path)
     with staged(out_dir, source.num_bytes) as folder:
         if scheme.bits == "fp16":
@@ -164,6 +161,21 @@ def quantize_folder(
         text = json.dumps(report.to_json(), indent=1) + "\n"
         (folder / REPORT_FILE).write_text(text, encoding="utf-8")
     return report
+
+
+def load_source(source_dir: str | Path) -> ExportedModel:
+    """An exported folder that can be quantized.
+
+    Raises:
+        ExportError: it is no exported model.
+        ModelError: it is quantized already.
+    """
+    source = load_folder(source_dir)
+    if source.info.precision != "fp32":
+        raise ModelError(
+            f"{str(source.path)!r} is {source.info.precision} already: quantize the fp32 export"
+        )
+    return source
 
 
 def _check(comparison: Comparison, scheme: Scheme, max_kl: float) -> None:

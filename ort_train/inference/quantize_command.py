@@ -16,6 +16,7 @@ from ort_train.inference.quantize import (
     REPORT_FILE,
     QuantizationReport,
     Scheme,
+    load_source,
     quantize_folder,
 )
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `ort-train quantize`. Returns 0."""
     from ort_train.inference.evaluate import decoding_speed
-    from ort_train.inference.folder import load_folder
+    from ort_train.inference.folder import check_out, load_folder
     from ort_train.inference.text import make_rows
 
     scheme = _scheme(args)
@@ -64,7 +65,8 @@ def main(args: argparse.Namespace) -> int:
         problems.append(f"{other[0]!r} isn't read here: only data.key=value is")
     if problems:
         raise ConfigError(problems)
-    source = load_folder(args.folder)
+    source = load_source(args.folder)
+    check_out(args.out)  # reading and tokenizing the text takes a while
     rows = make_rows(source, args.overrides, args.rows, args.length)
     exclude = [name.strip() for name in args.exclude.split(",") if name.strip()]
     report = quantize_folder(
