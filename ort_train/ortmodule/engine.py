@@ -28,6 +28,7 @@ from ort_train.ortmodule import (
     products,
     quantized,
     sparsity,
+    stop_gradient,
     symbolics,
     trace_key,
     transformers_compat,
@@ -333,13 +334,18 @@ class Engine:
     def _transform(self, model: Any) -> None:
         """Change the exported graph before its gradient is built: what must see the exporter's own
         nodes first."""
-        options = self._options
-        if options.label_sparsity or options.padding_sparsity:
-            trainable = frozenset(
-                f"{MODULE_PREFIX}{name}"
-                for name, parameter in self._graph_module.module.named_parameters()
-                if parameter.requires_grad
+        options, schema = self._options, self._graph_module._schema
+        trainable = frozenset(
+            f"{MODULE_PREFIX}{name}"
+            for name, parameter in self._graph_module.module.named_parameters(
+                remove_duplicate=False
             )
+            if parameter.requires_grad
+        )
+        inputs = zip(schema.names, schema.tensors, strict=True)
+        given = {name for name, (*_, requires_grad) in inputs if requires_grad}
+        stop_gradient.apply(model.graph, trainable | given)
+        if options.label_sparsity or options.padding_sparsity:
             self.savings = sparsity.apply(
                 model.graph,
                 labels=bool(options.label_sparsity),

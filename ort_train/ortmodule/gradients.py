@@ -17,6 +17,7 @@ from ort_train.ortmodule import (
     graph,
     operators,  # noqa: F401  # the gradients' operators
     quantized,
+    stop_gradient,
 )
 from ort_train.ortmodule.aten import ATEN_DOMAIN
 
@@ -76,6 +77,7 @@ _STOPPED = {
     "ort_train::index_sum": {2, 3},
     quantized.FORWARD: {1, 2, 7, 8, 9},  # all tensors but the input
     "histc": {0},
+    stop_gradient.OPERATOR: {0},
     attention_kernels.OPERATORS[False]: {3, 4},
     attention_kernels.OPERATORS[True]: {3, 4, 5},
     attention_kernels.KIND: {0},

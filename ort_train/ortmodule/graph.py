@@ -3,7 +3,7 @@ training graph needs before it is run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,14 @@ class GraphIndex:
                     seen.add(each)
                     stack.append(each)
         return seen
+
+
+def inputs_of(node: Any) -> Iterator[str]:
+    """What a node reads, and what is read in its branches and loops."""
+    yield from filter(None, node.input)
+    for each in node.attribute:
+        for part in each.g.node:
+            yield from inputs_of(part)
 
 
 def attribute(node: Any, name: str, default: Any = None) -> Any:

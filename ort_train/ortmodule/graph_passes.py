@@ -14,10 +14,12 @@ from ort_train.ortmodule import (
     output_gradients,
     products,
     quantized,
+    stop_gradient,
 )
 
 #: Devices, and what changes an onnx.GraphProto in place.
 _PASSES: tuple[tuple[str, Callable[[Any], None]], ...] = (
+    ("all", stop_gradient.replace),
     ("all", graph.split_gradients),
     ("all", quantized.decode_beside_products),
     ("cpu", losses.replace),

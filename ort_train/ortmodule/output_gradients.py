@@ -104,10 +104,14 @@ def accept_scalars(manager: Any) -> None:
     (yields,) = (node for node in graph.node if node.op_type == "YieldOp")
     (full,) = (a for a in yields.attribute if a.name == "full_shape_outputs")
     index = GraphIndex(graph)
+    # Outputs that nothing trained leads to have a position, and no gradient.
+    without = set(manager._graph_info.output_grad_indices_non_differentiable)
+    positions = [i for i in range(len(yields.input)) if i not in without]
+    gradients = dict(zip(positions, yields.output, strict=True))
     from_outside: set[str] = set(yields.output)
     scalar, shapeless = [], set()
-    for position in full.ints:
-        names = _aliases(yields.output[position], index)
+    for position in filter(gradients.__contains__, full.ints):
+        names = _aliases(gradients[position], index)
         from_outside |= names
         sums = [
             node for name in names for node in index.consumers(name) if node.op_type != "Identity"

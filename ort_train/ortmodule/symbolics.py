@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ort_train.ortmodule import stop_gradient
 from ort_train.ortmodule.activations import gelu
 from ort_train.ortmodule.attention import scaled_dot_product_attention
 from ort_train.ortmodule.exporter import exporter_module
@@ -56,6 +57,13 @@ def _upstream(name: str) -> Callable[..., Any]:
     package = "onnxruntime.training.ortmodule"
     registry = importlib.import_module(f"{package}._custom_op_symbolic_registry")
     return registry.CustomOpSymbolicRegistry._SYMBOLICS[name]
+
+
+@_symbolic("detach")
+def _detach(g: Any, input: Any) -> Any:
+    if not dtype_of(input).is_floating_point:
+        return input
+    return typed(aten(g, stop_gradient.OPERATOR, input), input, sizes_of(input))
 
 
 # --- Normalization

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
-from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import aten, exporter, functions
+from ort_train.errors import BackendUnavailableError, UnsupportedModelError
+from ort_train.ortmodule import aten, exporter, functions, stop_gradient
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.patching import replaced
@@ -244,7 +244,19 @@ def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[.
         model, schema, names, names_with_grad = export_model(*args, **kwargs)
         module = kwargs["flattened_module"]
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-        return model, schema, names, [name for name in names_with_grad if name not in frozen]
+        # It refuses a parameter that no gradient reaches.
+        passed = stop_gradient.passed(model.graph)
+        trained = [
+            name
+            for name in names_with_grad
+            if name not in frozen and (passed is None or name in passed)
+        ]
+        if not trained:
+            raise UnsupportedModelError(
+                "nothing that it returns depends on a parameter that is trained: if that is meant, "
+                "call it under torch.no_grad() or in eval mode"
+            )
+        return model, schema, names, trained
 
     return wrapper
 
@@ -264,6 +276,7 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
     infer_shapes = manager._infer_shapes
 
     def infer_and_transform(model: Any) -> Any:
+        stop_gradient.hide(model.graph)
         model = infer_shapes(model)
         transform(model)
         return model
