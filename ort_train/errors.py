@@ -53,6 +53,10 @@ class UnsupportedModelError(OrtTrainError, RuntimeError):
     """ORTModule can't take the module; names the operator and the way out."""
 
 
+class BackwardError(OrtTrainError, RuntimeError):
+    """A backward that would not give the gradients of its forward."""
+
+
 class BackendUnavailableError(OrtTrainError, RuntimeError):
     """A backend or precision that this machine or installation can't run."""
 

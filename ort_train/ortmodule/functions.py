@@ -34,9 +34,9 @@ SAFE_TO_INLINE = {
 
 
 def _is_safe(function: type) -> bool:
-    # ORTModule's own Functions carry its graph and mark its outputs.
+    # ORTModule's own Functions, and ours of it, carry its graph and mark its outputs.
     return (
-        function.__module__.startswith("onnxruntime.")
+        function.__module__.startswith(("onnxruntime.", "ort_train.ortmodule."))
         or f"{function.__module__}.{function.__qualname__}" in SAFE_TO_INLINE
     )
 

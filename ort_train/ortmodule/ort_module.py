@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ort_train.ortmodule import (
+    backward,
     cuda,
     leftovers,
     output_gradients,
@@ -46,15 +47,16 @@ def construct(graph_module: GraphModule, options: OrtOptions, is_on_cpu: bool) -
         # levels: a session and a simplification of their sizes by sympy take longer than the
         # session that runs (`_training_manager.py`, `_create_execution_agent`).
         manager._runtime_inspector.memory_ob._is_enabled = False
-    _change_build(manager, options)
+    _change_build(manager, options, type(graph_module.module).__name__)
     return ort_module
 
 
-def _change_build(manager: Any, options: OrtOptions) -> None:
+def _change_build(manager: Any, options: OrtOptions, name: str) -> None:
     """Add what is ours to the steps of a TrainingManager's build."""
     session_config = manager._get_session_config
     build_graph = manager._build_graph
     create_session = manager._create_execution_agent
+    function = manager._forward_class
 
     def with_our_settings() -> Any:
         session_options, *rest = session_config()
@@ -67,6 +69,7 @@ def _change_build(manager: Any, options: OrtOptions) -> None:
 
     def without_leftovers() -> None:
         create_session()
+        backward.check(manager, function, name)
         leftovers.release(manager)
 
     manager._get_session_config = with_our_settings
