@@ -977,6 +977,16 @@ def test_options_that_the_device_cannot_honour(tiny_llama: MakeModel):
     assert taken_over(model) is None
 
 
+def test_a_forward_hook_of_a_submodule_is_traced_and_warned_of(tiny_llama: MakeModel):
+    model = wrap(tiny_llama(), backend="ort")
+    model.model.layers[0].mlp.register_forward_hook(lambda part, inputs, output: 2 * output)
+    with pytest.warns(
+        UserWarning, match=r"submodule 'model.layers.0.mlp' .* forward hook \(test_a"
+    ):
+        model(**batch())
+    assert_as_eager(model, **batch(seed=1))
+
+
 def test_a_backward_hook_of_a_submodule_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
     model[0].register_full_backward_hook(lambda module, inputs, outputs: None)

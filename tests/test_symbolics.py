@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -281,6 +282,11 @@ def test_attention_dropout_has_the_gradient_of_what_it_kept():
         pytest.param(lambda x: x * len((x > 0).nonzero()), id="count"),
         pytest.param(lambda x: x[:, : int(x.argmax())], id="slice"),
         pytest.param(lambda x: x * x.sum(0).argmax().tolist(), id="tolist"),
+        pytest.param(lambda x: x * torch.from_numpy(x.detach().numpy()), id="numpy"),
+        pytest.param(lambda x: x * torch.as_tensor(np.asarray(x.detach())), id="array"),
+        pytest.param(lambda x: x * copy.deepcopy(x), id="deepcopy"),
+        pytest.param(lambda x: x * torch.equal(x, x.abs()), id="equal"),
+        pytest.param(lambda x: x * x.allclose(x.abs()), id="allclose"),
     ],
 )
 def test_numbers_of_the_batch_are_refused(function):

@@ -42,7 +42,7 @@ def check(manager: Any, unchecked: Any, name: str) -> None:
     labels = [_label(graph.input[position].name) for position in inputs]
     labels += [f"output {position}" for position in outputs]
 
-    class Checked(unchecked):  # type: ignore[misc, valid-type]
+    class Checked(unchecked):
         @staticmethod
         def forward(ctx: Any, *tensors: torch.Tensor) -> Any:
             results = unchecked.forward(ctx, *tensors)

@@ -207,6 +207,7 @@ class OrtForward:
     def _new_engine(self, key: Any, schema: CallSchema) -> Engine:
         _refuse_half_precision(self.module)
         _refuse_backward_hooks(self.module)
+        _warn_of_forward_hooks(self.module)
         if len(self.engines) >= self.options.max_graphs:
             raise UnsupportedModelError(
                 f"{len(self.engines)} training graphs were built for "
@@ -255,6 +256,26 @@ def _refuse_backward_hooks(module: torch.nn.Module) -> None:
                 "of backend 'ort' would never call: remove it, hook the module itself or its "
                 "parameters (Tensor.register_hook), or train with backend='compile' or 'eager'"
             )
+
+
+def _warn_of_forward_hooks(module: torch.nn.Module) -> None:
+    """What a hook computes is in the graph; what it keeps or prints is the first batch's."""
+    for name, part in module.named_modules():
+        for hook in forward_hooks(part) if part is not module else ():
+            # Those of libraries compute (a normalized or pruned weight), and keep nothing.
+            package = (getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0]
+            if package not in ("torch", "transformers", "peft", "accelerate"):
+                warnings.warn(
+                    f"submodule {name!r} of {type(module).__name__} has a forward hook "
+                    f"({getattr(hook, '__qualname__', type(hook).__name__)}): backend 'ort' traces "
+                    "what it does to tensors, and calls it no more, so what it keeps or prints is "
+                    "that of the batch that a graph was built with. To read hidden values, have "
+                    "the module return them (output_hidden_states=True), or train with "
+                    "backend='compile' or 'eager'",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                return
 
 
 def _asks_for_cache(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:

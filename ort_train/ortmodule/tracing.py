@@ -9,6 +9,7 @@ them is left alone, because a graph serves all sizes or fails on one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,13 @@ _SHAPED_BY_VALUES = frozenset(
     for name in ("nonzero", "nonzero_numpy", "masked_select", "unique_dim", "_unique2", "bincount")
 )
 _SHAPES = frozenset({"aten::size", "aten::numel", "aten::len", "aten::dim"})
-_CONVERSIONS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
+#: Of torch.Tensor: what makes something else than a tensor of the trace out of values.
+_CONVERSIONS = (
+    "__bool__", "__int__", "__float__", "__index__", "item", "tolist",
+    "numpy", "__array__", "__deepcopy__",
+)  # fmt: skip
+#: Of torch and of torch.Tensor.
+_COMPARISONS = ("equal", "allclose", "is_nonzero")
 
 
 class _Origins:
@@ -71,17 +78,17 @@ class _Origins:
 
 def _place() -> str:
     """The line of the model that asked, as "file.py:12 (the code)"."""
-    here = Path(__file__)
+    passed = Path(__file__), Path(copy.__file__)
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path != here and "torch" not in path.parts:
+        if path not in passed and "torch" not in path.parts:
             return f"{path.name}:{frame.lineno} ({(frame.line or frame.name)[:80]})"
     return "an unknown place"
 
 
 @contextlib.contextmanager
 def values_kept_out() -> Iterator[None]:
-    """While tracing, no Python number may be made of the batch's values.
+    """While tracing, no Python number, array or copy may be made of the batch's values.
 
     Raises:
         UnsupportedModelError: naming the line that asked for one.
@@ -89,19 +96,21 @@ def values_kept_out() -> Iterator[None]:
     origins = _Origins()
 
     def guarded(convert: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(self: torch.Tensor, *args: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             if torch.jit.is_tracing() and torch._C._get_tracing_state() is not None:
-                value = torch._C._get_value_trace(self)
-                if value is not None and origins.depends(value):
+                tensors = (each for each in args if isinstance(each, torch.Tensor))
+                traced = map(torch._C._get_value_trace, tensors)
+                if any(value is not None and origins.depends(value) for value in traced):
                     raise UnsupportedModelError(
-                        f"{_place()} makes a Python number of the batch's values, which a graph "
-                        "would keep for all batches: write it with tensor operators "
+                        f"{_place()} makes a Python number or array of the batch's values, which "
+                        "a graph would keep for all batches: write it with tensor operators "
                         "(torch.where), or train with backend='compile' or 'eager'"
                     )
-            return convert(self, *args)
+            return convert(*args, **kwargs)
 
         return wrapper
 
-    guards = {name: guarded(getattr(torch.Tensor, name)) for name in _CONVERSIONS}
-    with replaced(torch.Tensor, **guards):
+    guards = {name: guarded(getattr(torch.Tensor, name)) for name in (*_CONVERSIONS, *_COMPARISONS)}
+    functions = {name: guarded(getattr(torch, name)) for name in _COMPARISONS}
+    with replaced(torch.Tensor, **guards), replaced(torch, **functions):
         yield
