@@ -55,7 +55,9 @@ def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
     base = base or ("dequantized" if config.adapter.method == "qlora" else "original")
     model = _load_base(config, tokenizer, dequantized=base == "dequantized")
     checkpoints.check_room(out, checkpoints.required_bytes(model, with_optimizer=False))
-    merged: Any = _attach(model, adapter).merge_and_unload(safe_merge=True)
+    adapted = _attach(model, adapter)
+    untie_adapted_head(adapted)
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
     staged = out.parent / f".{out.name}.incomplete"
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -124,6 +126,21 @@ def _attach(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(f"{message}: they differ in {differing[0][0]}")
     fingerprint.check(adapted, folder)
     return adapted
+
+
+def untie_adapted_head(adapted: PeftModel) -> None:
+    """Give an output embedding that has an adapter a weight of its own.
+
+    peft (0.21) adds the update to the weight where it lies, and the input embedding that shares it
+    would change, too.
+    """
+    import torch
+
+    model: Any = adapted.get_base_model()
+    head = getattr(model.get_output_embeddings(), "base_layer", None)
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def _weights(folder: Path) -> Path:

@@ -151,6 +151,28 @@ def test_a_local_base_is_quantized_in_loading_and_left_as_it_is(
     assert (logits(merged) - expected).abs().max() < TOLERANCE
 
 
+def test_an_adapter_on_a_tied_head_leaves_the_embedding(tmp_path: Path) -> None:
+    from decoders import make_decoder
+
+    from ort_train.adapters import apply_adapter
+    from ort_train.config import AdapterConfig
+    from ort_train.merge import untie_adapted_head
+
+    model = make_decoder("llama", tie_word_embeddings=True)
+    adapted: Any = apply_adapter(model, AdapterConfig(method="lora", target_modules=["lm_head"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        want = adapted.eval()(ids).logits
+        untie_adapted_head(adapted)
+        adapted.merge_and_unload(safe_merge=True).save_pretrained(tmp_path)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+    # fp32 sums in another order, on logits of some 10; with the embedding changed: 1.
+    assert (found - want).abs().max() < 1e-4
+
+
 def test_nothing_is_overwritten(lora_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="is not an empty folder"):
