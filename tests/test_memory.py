@@ -63,8 +63,20 @@ def test_a_block_is_used_again_once_its_last_tensor_is_gone():
     assert [tensor.shape for tensor in again] == [(128, 32), (110, 32)]
     assert memory.kept_bytes() == 2 * 64 * 32 * 4
     del again
-    memory.empty(90, 32, dtype=torch.bfloat16)
-    assert memory.kept_bytes() == 2 * 64 * 32 * 4 + 90 * 32 * 2
+    memory.empty(300, 32, dtype=torch.bfloat16)  # more than twice as large
+    assert memory.kept_bytes() == 2 * 64 * 32 * 4 + 300 * 32 * 2
+
+
+def test_what_is_kept_is_what_the_largest_batch_needs():
+    for count in (1100, 1500, 1300, 2048, 1024, 2000, 1600):
+        memory.empty(count, dtype=torch.float32)
+    assert memory.kept_bytes() == 2048 * 4
+    # Two at a time, and one that is held, which gives way to none.
+    held = memory.empty(1100, dtype=torch.float32).fill_(7)
+    for count in (1100, 1500, 3000, 1600):
+        memory.empty(count, dtype=torch.float32).fill_(8)
+    assert memory.kept_bytes() == (2048 + 3000) * 4
+    assert held.eq(7).all()
 
 
 def test_no_more_is_kept_than_the_limit(monkeypatch: pytest.MonkeyPatch):
@@ -83,10 +95,11 @@ def test_no_more_is_kept_than_the_limit(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_least_recently_used_block_makes_room(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "_max_kept_bytes", 4096 + 12288)
-    for count in (1024, 2048, 1024):  # the older block is used again
-        memory.empty(count, dtype=torch.float32)
-    memory.empty(3072, dtype=torch.float32)
-    assert memory.kept_bytes() == 4096 + 12288
+    held = [memory.empty(count, dtype=torch.float32) for count in (1024, 1025, 1026)]
+    del held
+    memory.empty(1024, dtype=torch.float32)  # the oldest block is used again
+    memory.empty(2100, dtype=torch.float32)  # more than twice as large
+    assert memory.kept_bytes() == 4096 + 8400
 
 
 def test_a_result_beyond_the_limit_takes_nothings_place(monkeypatch: pytest.MonkeyPatch):

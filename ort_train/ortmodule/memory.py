@@ -6,7 +6,9 @@ Llama's step in bf16 at hidden size 1024.
 
 - Results of 8 MiB and more have blocks of their own, which are kept, in huge pages: kernels are
   faster there as well, a third for the loss over 256 tokens. A block is used again when its last
-  tensor is gone, so a gradient that somebody holds is never written over.
+  tensor is gone, so a gradient that somebody holds is never written over. Where sizes differ from
+  batch to batch, as they do without padding, a free block gives way to the larger one that serves
+  both: what is kept is what the largest batch needs, not one block for each size.
 - Results that follow one another, of several sizes, lie in one block: decoded 4-bit weights. In
   the heap each would leave a hole that what stays breaks up, by chance: up to a quarter of what a
   QLoRA run grew by.
@@ -36,8 +38,9 @@ _NEVER = 2**31 - 1
 _LARGEST_THRESHOLD = 32 * 2**20  # as far as glibc raises its own
 #: Of all kept blocks. A run that needs more has a peak that more should not be added to.
 MAX_KEPT_BYTES = 2**30
-#: A block serves results down to this part of its size, so that lengths of batches may differ.
-_LEAST_USE = 0.8
+#: A block serves results down to this part of its size, so that lengths of batches may differ, and
+#: makes room for the block of a result up to the inverse of it.
+_LEAST_USE = 0.5
 
 
 class _Block(mmap.mmap):
@@ -154,6 +157,13 @@ def _block(num_bytes: int) -> _Block:
         if fits and _is_free(blocks, index):
             blocks[index].last_use = next(_uses)
             return blocks[index]
+    outgrown = [
+        index
+        for index in range(len(blocks))
+        if _LEAST_USE * num_bytes <= len(blocks[index]) < num_bytes and _is_free(blocks, index)
+    ]
+    if outgrown and num_bytes <= _max_kept_bytes:
+        del blocks[max(outgrown, key=lambda i: len(blocks[i]))]
     # Of sizes that are no longer asked for: the least recently used goes first.
     while num_bytes <= _max_kept_bytes < kept_bytes() + num_bytes:
         free = [index for index in range(len(blocks)) if _is_free(blocks, index)]
