@@ -91,7 +91,8 @@ class _BackendArguments:
     padding_sparsity: bool | None = field(
         default=None,
         metadata={
-            "help": "Padding costs nothing but in attention: OrtOptions.padding_sparsity. None: "
+            "help": "Padding costs nothing, in most attention either: "
+            "OrtOptions.padding_sparsity. None: "
             "off, or as backend auto finds."
         },
     )

@@ -53,7 +53,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor,
-    kind: torch.Tensor,
+    kind: torch.Tensor | int,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(query · keyᵀ · scale + mask) · value; 0 for a query that sees no key.
@@ -80,10 +80,11 @@ def attention(
         return shown.without_blind(output), denominators[..., None]
     scores = torch.matmul(query, key.mT).float().mul_(factor)
     hidden = shown.hidden(query, key)
-    if hidden is None:
-        weights = scores.softmax(-1)
-    else:
-        weights = torch._safe_softmax(scores.masked_fill_(hidden, -math.inf), -1)
+    if hidden is not None:
+        scores.masked_fill_(hidden, -math.inf)
+    # A causal mask shows each query something; the safe one takes two passes more.
+    softmax = torch._safe_softmax if hidden is not None and not shown.is_causal else torch.softmax
+    weights = softmax(scores, -1)
     return torch.matmul(weights.to(value.dtype), value), weights
 
 
@@ -93,7 +94,7 @@ def attention_gradient(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor,
-    kind: torch.Tensor,
+    kind: torch.Tensor | int,
     output: torch.Tensor,
     kept: torch.Tensor,
     mask: torch.Tensor | None = None,
@@ -156,6 +157,11 @@ class _Shown:
         return tensor if bool(sees.all()) else tensor * sees
 
 
+def num_kept(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """Size of the last axis of what :func:`attention` returns for the gradient."""
+    return 1 if _is_fused(query, key, value) else key.shape[-2]
+
+
 def _is_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     is_long = min(query.shape[-2], key.shape[-2]) >= _MIN_FUSED_TOKENS
     return is_long and query.shape[-1] == value.shape[-1]
@@ -170,12 +176,12 @@ def _define(name: str, suffix: str, dtype: torch.dtype) -> None:
 
     @direct(name + suffix)
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output, kept = attention(*inputs[:5], *map(_as_mask, inputs[5:]))
+        output, kept = attention(*inputs[:5], *map(as_mask, inputs[5:]))
         return output.to(dtype), kept
 
     @direct(GRADIENTS[name] + suffix)
     def run_gradient(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        gradients = attention_gradient(*inputs[:8], *map(_as_mask, inputs[8:]))
+        gradients = attention_gradient(*inputs[:8], *map(as_mask, inputs[8:]))
         return tuple(gradient.to(dtype) for gradient in gradients)
 
 
@@ -184,6 +190,9 @@ for _name in OPERATORS.values():
     _define(_name, BF16_SUFFIX, torch.bfloat16)
 
 
-def _as_mask(mask: torch.Tensor) -> torch.Tensor:
-    """ONNX Runtime hands bool over as uint8; torch's kernel wants a mask of two or four axes."""
+def as_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A mask from a graph, of four axes.
+
+    ONNX Runtime hands bool over as uint8; torch's kernel wants a mask of two or four axes.
+    """
     return mask.view(torch.bool).reshape(*[1] * (4 - mask.dim()), *mask.shape)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ort_train.ortmodule import activations, attention_kernels, output_gradients
+from ort_train.ortmodule import activations, attention_kernels, output_gradients, packed_attention
 from ort_train.ortmodule.aten import (
     BF16_SUFFIX,
     aten_node,
@@ -71,7 +71,7 @@ _MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten",
 #: Gradients that torch runs: of the type of what they are given first.
 _GRADIENTS = frozenset({*activations.GRADIENTS.values(), output_gradients.ADD})
 #: What they read may be of either type, and their outputs are of one.
-_ATTENTION_GRADIENTS = frozenset(attention_kernels.GRADIENTS.values())
+_ATTENTION_GRADIENTS = frozenset({*attention_kernels.GRADIENTS.values(), packed_attention.GRADIENT})
 
 
 def _is_number(index: GraphIndex, name: str) -> bool:

@@ -221,9 +221,12 @@ class Engine:
                         attention.export_scope(
                             options.attention,
                             is_faster=self._is_on_cpu
-                            and attention_kernels.is_faster(self._precision, named.values()),
-                            # They have to find attention's products in the graph.
-                            is_free=not (recomputes(options) or options.padding_sparsity),
+                            and (
+                                bool(options.padding_sparsity)
+                                or attention_kernels.is_faster(self._precision, named.values())
+                            ),
+                            # It has to find attention's products in the graph.
+                            is_free=not recomputes(options),
                         ),
                     ):
                         outputs = self._ort_module(**named)

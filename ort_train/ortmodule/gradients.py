@@ -16,6 +16,7 @@ from ort_train.ortmodule import (
     attention_kernels,
     graph,
     operators,  # noqa: F401  # the gradients' operators
+    packed_attention,
     quantized,
     stop_gradient,
 )
@@ -64,6 +65,9 @@ _GRADIENTS = {
         )
         for has_mask, name in attention_kernels.OPERATORS.items()
     },
+    packed_attention.OPERATOR: _Gradient(
+        (packed_attention.GRADIENT,), (0, 1, 2, 3, 4), results=(0, 1), masks=(5, 6), num_outputs=3
+    ),
 }
 #: Inputs through which no gradient flows.
 _STOPPED = {
@@ -81,6 +85,8 @@ _STOPPED = {
     attention_kernels.OPERATORS[False]: {3, 4},
     attention_kernels.OPERATORS[True]: {3, 4, 5},
     attention_kernels.KIND: {0},
+    packed_attention.OPERATOR: {3, 4, 5, 6},
+    packed_attention.RUNS: {0, 1},
 }
 
 

@@ -56,7 +56,8 @@ class OrtOptions:
     products: Literal["auto", "onednn", "onnxruntime"] = "auto"
     #: Who computes attention on a CPU: ONNX Runtime by products and a softmax, torch by its fused
     #: kernel, which keeps no softmax, or "auto": torch where the first batch is long
-    #: (attention_kernels.py) and its attention has no dropout and no bias.
+    #: (attention_kernels.py) or padding is left out, each sample then by itself
+    #: (packed_attention.py), and where attention has no dropout and no bias.
     attention: Literal["auto", "onnxruntime", "torch"] = "auto"
     #: Keep memory from step to step (memory.py): of large gradients, up to 1 GiB, and what is freed
     #: where the allocator is glibc's.
@@ -72,8 +73,9 @@ class OrtOptions:
     #: (sparsity.py). A training call's logits are then computed only if they are read. None: off,
     #: unless backend "auto" finds that it is faster, where nothing but the loss is read.
     label_sparsity: bool | None = None
-    #: Tokens that attention_mask hides cost nothing but in attention, in any batch; what a training
-    #: call returns for them is 0. None: as label_sparsity.
+    #: Tokens that attention_mask hides cost nothing, in any batch, but in attention that
+    #: ONNX Runtime computes (`attention`); what a training call returns for them is 0. None: as
+    #: label_sparsity.
     padding_sparsity: bool | None = None
     #: Recompute activations in backward instead of keeping them.
     recompute: Literal["none", "layerwise", "layerwise_compromised"] = "none"
@@ -158,9 +160,8 @@ class OrtOptions:
                 yield f"{name}={path!r} is not a file"
             elif path is not None and name == "triton_config":
                 yield from config_problems(path)
-        others = ("recompute" if self.recompute != "none" else "", "padding_sparsity")
-        for name in filter(None, (*others, "recompute_config")):
-            if self.attention == "torch" and getattr(self, name):
+        for name, off in (("recompute", "none"), ("recompute_config", None)):
+            if self.attention == "torch" and getattr(self, name) != off:
                 yield (
                     f"attention='torch' and {name} exclude each other: it has to find attention's "
                     "products in the graph; leave attention at 'auto'"

@@ -9,17 +9,20 @@ import numpy as np
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.aten import operator_name
+from ort_train.ortmodule.attention_kernels import OPERATORS as ATTENTION
 from ort_train.ortmodule.graph import Dim, Shape, attribute
 from ort_train.ortmodule.ignored_labels import LOSS, WAY_OUT, Loss, select_labels
 from ort_train.ortmodule.rewriting import BOOL, INT64, Rewriter, Selection, packed_name
 from ort_train.ortmodule.rows import (
     ELEMENTWISE,
+    HEADS,
     PRODUCTS,
     Plan,
     Role,
     RowSpace,
     plan,
     symbols,
+    unrepeated,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,8 @@ class Padding:
         self._selection = self._keep()
         self._plans: dict[int, tuple[Any, Plan]] = {}
         self._packed: set[str] = set()
+        #: By the mask: which samples attention computes together (packed_attention.py).
+        self._runs: dict[str, str] = {}
         self._sees_padding = False
 
     def leave_out(self) -> list[Any]:
@@ -63,7 +68,10 @@ class Padding:
             UnsupportedModelError: naming what would not be as it was.
         """
         for node in self._index.graph.node:
-            entry = plan(node, self._index, self._space)
+            if operator_name(node) == ATTENTION[True]:
+                entry = self._plan_attention(node)
+            else:
+                entry = plan(node, self._index, self._space)
             if entry is not None and self._joins(node, entry):
                 self._plans[id(node)] = (node, entry)
                 self._packed.update(node.output)
@@ -76,7 +84,10 @@ class Padding:
         self._check([name for node in nodes for name in node.output if self._outside(name)])
         self._compute_kept()
         for node, entry in self._plans.values():
-            self._rewriter.run_on_rows(node, entry, self._selection, self._packed)
+            if operator_name(node) == ATTENTION[True]:
+                self._run_attention_on_kept(node)
+            else:
+                self._rewriter.run_on_rows(node, entry, self._selection, self._packed)
         for name in [name for node in nodes for name in node.output]:
             for user in self._index.consumers(name):
                 if self._chooses_labels(user) and user.input[0] == name:
@@ -98,14 +109,15 @@ class Padding:
 
     def _find_tokens(self) -> RowSpace:
         index = self._index
+        has_heads = any(operator_name(node) == ATTENTION[True] for node in index.graph.node)
         for node in index.graph.node:
             if operator_name(node) in ("embedding", "Gather") and len(node.input) > 1:
                 shape = index.shapes.get(node.output[0], [])
                 if self._source(node.input[1]) == "input_ids" and len(shape) == 3:
-                    return RowSpace.of_grid(shape[0], shape[1])
+                    return RowSpace.of_grid(shape[0], shape[1], has_heads)
         shape = index.shapes.get("inputs_embeds", [])
         if len(shape) == 3:
-            return RowSpace.of_grid(shape[0], shape[1])
+            return RowSpace.of_grid(shape[0], shape[1], has_heads)
         raise self._refusal("it embeds no input_ids")
 
     def _embeds_other_tokens(self) -> bool:
@@ -174,7 +186,7 @@ class Padding:
 
     def _joins(self, node: Any, entry: Plan) -> bool:
         """Whether a row-wise node is worth it: a product, a table look-up, or on the way."""
-        if node.op_type in PRODUCTS:
+        if node.op_type in PRODUCTS or operator_name(node) == ATTENTION[True]:
             return True
         if operator_name(node) in ("embedding", "Gather") and entry.roles[1].rows:
             return self._index.types[node.output[0]] != INT64
@@ -237,6 +249,53 @@ class Padding:
         replacement.input[:] = [packed_name(logits, self._selection), rows, *rest]
         self._rewriter.replace(node, replacement)
 
+    # --- attention as one node
+
+    def _plan_attention(self, node: Any) -> Plan | None:
+        """Attention among the kept tokens, of what was computed of them alone.
+
+        Keys that aren't kept are left out, so attention_mask must be in the mask, as ever.
+        """
+        factors = self._factors(node)
+        is_heads = all(
+            self._space.num_axes(self._index.shapes.get(name)) == HEADS
+            for name in (*factors, node.output[0])
+        )
+        if not is_heads or not self._packed.issuperset(factors):
+            return None
+        mask = self._index.shapes.get(node.input[5], [])
+        is_whole = len(mask) == 4 and isinstance(mask[0], str) and isinstance(mask[3], str)
+        if not is_whole or not self._reaches_mask(node.input[5]):
+            return None
+        return Plan(HEADS, (*[Role(HEADS)] * 3, *[Role()] * 3))
+
+    def _factors(self, node: Any) -> list[str]:
+        """Query, key and value, the latter two before their heads were repeated for groups."""
+        query, key, value = node.input[:3]
+        return [query, *(unrepeated(name, self._index, self._space) for name in (key, value))]
+
+    def _run_attention_on_kept(self, node: Any) -> None:
+        rewriter, selection, index = self._rewriter, self._selection, self._index
+        *_, scale, _, mask = node.input
+        factors = [packed_name(name, selection) for name in self._factors(node)]
+        runs = self._runs.get(mask)
+        if runs is None:
+            runs = rewriter.aten(
+                "attention_runs", [mask, selection.rows], INT64, ["attention_runs", 4]
+            )
+            self._runs[mask] = runs
+        output, kept = (packed_name(name, selection) for name in node.output)
+        shape = selection.packed_shape(index.shapes[node.output[0]], HEADS)
+        rewriter.aten(
+            "packed_attention",
+            [*factors, scale, runs, mask, selection.rows],
+            index.types[node.output[0]],
+            shape,
+            output,
+            {kept: (1, ["kept_for_gradient"])},
+        )
+        rewriter.replace(node)
+
     # --- whether the rest is as it was
 
     def _check(self, names: list[str]) -> None:
@@ -276,6 +335,12 @@ class Padding:
                 raise self._refusal(f"{where} sums over tokens that attention_mask doesn't weigh")
             if sums_tokens and not self._is_zero_where_masked(node):
                 self._sees_padding = True
+            return False
+        if kind in ATTENTION.values():
+            if not self._has_tokens(node.input[1], 2):
+                return False
+            if kind != ATTENTION[True] or not self._reaches_mask(node.input[5]):
+                raise self._refusal(f"attention_mask isn't among what {where} is computed of")
             return False
         if kind == "Softmax":
             if not self._has_tokens(node.input[0], attribute(node, "axis", -1)):

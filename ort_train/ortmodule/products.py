@@ -30,6 +30,7 @@ from ort_train.ortmodule import (
     embeddings,
     losses,
     onednn,
+    packed_attention,
     product_kernels,
 )
 from ort_train.ortmodule.aten import aten_node, operator_name
@@ -58,8 +59,8 @@ _WITH_BIAS = {
 }
 #: Attention as one node, and its gradient -> how many of its inputs, the first, are factors.
 _NUM_FACTORS = {
-    **dict.fromkeys(attention_kernels.OPERATORS.values(), 3),
-    **dict.fromkeys(attention_kernels.GRADIENTS.values(), 4),
+    **dict.fromkeys([*attention_kernels.OPERATORS.values(), packed_attention.OPERATOR], 3),
+    **dict.fromkeys([*attention_kernels.GRADIENTS.values(), packed_attention.GRADIENT], 4),
 }
 _PRODUCTS, _BATCHED_PRODUCTS = product_kernels.PRODUCTS, product_kernels.BATCHED_PRODUCTS
 #: Operators of whose names another hands on bf16, with BF16_SUFFIX.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ort_train.ortmodule.aten import ATEN_DOMAIN
 from ort_train.ortmodule.graph import Dim, Shape, attribute
-from ort_train.ortmodule.rows import Plan, Role, RowSpace, indexed
+from ort_train.ortmodule.rows import HEADS, SWAPPED, Plan, Role, RowSpace, indexed
 
 INT64, BOOL = 7, 9  # onnx.TensorProto
 _FLOATS = (1, 10, 11, 16)  # float, float16, double, bfloat16
@@ -32,7 +32,8 @@ class Selection:
 
     def packed_shape(self, shape: Shape, num_axes: int) -> Shape:
         """Of a tensor whose rows were chosen."""
-        return [*[1] * (num_axes - 1), self.size, *shape[num_axes:]]
+        batch: Shape = [1] if num_axes > 1 else []
+        return [*batch, *shape[1 : num_axes - 1], self.size, *shape[num_axes:]]
 
 
 class Rewriter:
@@ -56,18 +57,19 @@ class Rewriter:
         shape: Shape,
         output: str | None = None,
         domain: str = "",
+        others: Mapping[str, tuple[int, Shape]] | None = None,
         **attributes: Any,
     ) -> str:
-        """A node of one output; returns the output's name."""
+        """A node; returns its first output's name. `others` are its other outputs."""
         import onnx
 
         name = f"/ort_train/{op_type}_{len(self._graph.node)}_{len(self._added)}"
         output = output or f"{name}_output_0"
         node = onnx.helper.make_node(
-            op_type, list(inputs), [output], name=name, domain=domain, **attributes
+            op_type, list(inputs), [output, *(others or ())], name=name, domain=domain, **attributes
         )
         self._added.append(node)
-        self._values[output] = (elem_type, shape)
+        self._values.update({output: (elem_type, shape), **(others or {})})
         return output
 
     def aten(
@@ -77,11 +79,11 @@ class Rewriter:
         elem_type: int,
         shape: Shape,
         output: str | None = None,
+        others: Mapping[str, tuple[int, Shape]] | None = None,
     ) -> str:
-        """A node that torch runs: one of ours (operators.py)."""
-        operator = f"ort_train::{operator}"
-        attributes = {"operator": operator, "overload_name": ""}
-        return self.add("ATen", inputs, elem_type, shape, output, ATEN_DOMAIN, **attributes)
+        """A node that torch runs: one of ours."""
+        attributes = {"operator": f"ort_train::{operator}", "overload_name": ""}
+        return self.add("ATen", inputs, elem_type, shape, output, ATEN_DOMAIN, others, **attributes)
 
     def constant(self, *values: int, is_scalar: bool = False) -> str:
         """An int64 constant, of one axis or of none."""
@@ -141,9 +143,17 @@ class Rewriter:
         elem_type, shape = self.index.types[name], self.index.shapes[name]
         if role.num_rest is not None:
             assert selection.space.grid is not None
-            shape = [*selection.space.grid, *shape[len(shape) - role.num_rest :]]
-            name = self.add("Expand", [name, self.full_shape(shape)], elem_type, shape)
-            self.index.shapes[name] = shape
+            batch, length = selection.space.grid
+            num_rest = role.num_rest
+            heads = [1, *shape][-num_rest - 2 : -num_rest - 1] if role.rows == HEADS else []
+            shape = [batch, *heads, length, *shape[len(shape) - num_rest :]]
+            name = self._known("Expand", [name, self.full_shape(shape)], elem_type, shape)
+        if role.rows == HEADS:
+            swapped = [shape[axis] for axis in SWAPPED]
+            name = self._known("Transpose", [name], elem_type, swapped, perm=SWAPPED)
+            name = self._pack(name, Role(2), selection)
+            packed = selection.packed_shape(shape, HEADS)
+            return self.add("Transpose", [name], elem_type, packed, perm=SWAPPED)
         packed = selection.packed_shape(shape, role.rows)
         if elem_type in _FLOATS:
             inputs = [name, selection.rows, self.sizes(name, 0, role.rows)]
@@ -160,11 +170,22 @@ class Rewriter:
             return rows
         return self.add("Unsqueeze", [rows, self.constant(0)], elem_type, packed)
 
+    def _known(
+        self, op_type: str, inputs: list[str], elem_type: int, shape: Shape, **attributes: Any
+    ) -> str:
+        """As `add`, of a tensor that is looked up."""
+        name = self.add(op_type, inputs, elem_type, shape, **attributes)
+        self.index.shapes[name], self.index.types[name] = shape, elem_type
+        return name
+
     def unpack(self, name: str, selection: Selection) -> None:
         """Make the tensor `name` of its chosen rows, zero elsewhere."""
         elem_type, shape = self.index.types[name], self.index.shapes[name]
         num_axes = selection.space.num_axes(shape)
         packed = packed_name(name, selection)
+        if num_axes == HEADS:
+            self._unpack_heads(packed, name, selection)
+            return
         if elem_type not in _FLOATS:
             packed = self.add("Cast", [packed], 1, selection.packed_shape(shape, num_axes), to=1)
         grid = self._grid(selection.space, num_axes)
@@ -177,6 +198,22 @@ class Rewriter:
             self.add("Identity", [full], elem_type, shape, output=name)
         else:
             self.aten("unpack_rows", inputs, elem_type, shape, output=name)
+
+    def _unpack_heads(self, packed: str, name: str, selection: Selection) -> None:
+        elem_type, shape = self.index.types[name], self.index.shapes[name]
+        swapped = [shape[axis] for axis in SWAPPED]
+        between = f"{name}/swapped"
+        self.index.types[between], self.index.shapes[between] = elem_type, swapped
+        self.add(
+            "Transpose",
+            [packed],
+            elem_type,
+            selection.packed_shape(swapped, 2),
+            packed_name(between, selection),
+            perm=SWAPPED,
+        )
+        self.unpack(between, selection)
+        self.add("Transpose", [between], elem_type, shape, name, perm=SWAPPED)
 
     def _grid(self, space: RowSpace, num_axes: int) -> str:
         assert space.grid is not None
@@ -209,7 +246,11 @@ class Rewriter:
                 inputs.append(self.pack(name, role, selection))
         replacement = type(node)()
         replacement.CopyFrom(node)
-        if plan.rest is not None:
+        if plan.rest is not None and plan.num_axes == HEADS:
+            inputs = inputs[:1]
+            replacement.op_type = "Identity"
+            del replacement.attribute[:]
+        elif plan.rest is not None:
             rows = 1 if node.op_type == "Expand" else -1
             target = self.constant(*[1] * (plan.num_axes - 1), rows, *plan.rest)
             inputs = [inputs[0], target]

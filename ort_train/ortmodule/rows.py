@@ -1,9 +1,10 @@
 """Which nodes of an exported graph compute each token by itself, and running them on some tokens.
 
-A row is one token. Tensors hold rows in one of two layouts: (B, T, ...), the model's own, or
-(B·T, ...), flattened. A node is row-wise where every row of its output depends on the same row of
-its inputs and on nothing else of them: f(x)[rows] = f(x[rows]). Such nodes may run on chosen rows
-alone, held as (1, N, ...) or (N, ...), so that all other operands keep their shapes.
+A row is one token. Tensors hold rows in one of three layouts: (B, T, ...), the model's own,
+(B·T, ...), flattened, or, where attention takes chosen rows, too, (B, heads, T, size). A node is
+row-wise where every row of its output depends on the same row of its inputs and on nothing else of
+them: f(x)[rows] = f(x[rows]). Such nodes may run on chosen rows alone, held as (1, N, ...),
+(N, ...) or (1, heads, N, size), so that all other operands keep their shapes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,8 +69,14 @@ def product(*dims: Dim) -> str:
 
 @functools.cache
 def symbols(dim: Dim) -> frozenset[str]:
-    """The names in a symbolic size."""
-    return frozenset(re.findall(r"[A-Za-z_]\w*", str(dim)))
+    """The names in a symbolic size, those of functions (floor) aside."""
+    return frozenset(re.findall(r"\b[A-Za-z_]\w*\b(?!\()", str(dim)))
+
+
+#: Leading axes of (B, heads, T, size) up to the rows; those of the heads are among them.
+HEADS = 3
+#: Swaps (B, T, heads, size) and (B, heads, T, size).
+SWAPPED = [0, 2, 1, 3]
 
 
 @dataclass(frozen=True)
@@ -79,19 +86,25 @@ class RowSpace:
     Attributes:
         grid: symbolic sizes (B, T); None where only flattened tensors are known.
         size: B·T.
+        has_heads: whether (B, heads, T, size) holds rows, too.
     """
 
     grid: tuple[Dim, Dim] | None
     size: str
+    has_heads: bool = field(default=False, compare=False)
 
     @classmethod
-    def of_grid(cls, batch: Dim, length: Dim) -> RowSpace:
-        return cls((batch, length), product(batch, length))
+    def of_grid(cls, batch: Dim, length: Dim, has_heads: bool = False) -> RowSpace:
+        return cls((batch, length), product(batch, length), has_heads)
 
     def num_axes(self, shape: Shape | None) -> int:
-        """How many leading axes of a tensor count its rows: 2, 1, or 0 for another tensor."""
+        """How many leading axes of a tensor hold its rows, by its layout: 2, 1, HEADS, or 0 for
+        another tensor."""
         if not shape:
             return 0
+        if self.has_heads and len(shape) == 4 and (shape[0], shape[2]) == self.grid:
+            are_known = isinstance(shape[1], int) and isinstance(shape[3], int)
+            return HEADS if are_known and isinstance(shape[2], str) else 0
         if self.grid is not None and len(shape) > 1 and tuple(shape[:2]) == self.grid:
             return 2
         return int(isinstance(shape[0], str) and product(shape[0]) == self.size)
@@ -101,7 +114,7 @@ class Role(NamedTuple):
     """What becomes of a row-wise node's input.
 
     Attributes:
-        rows: its leading axes that count rows, of which the chosen ones are kept; 0: it stays.
+        rows: its leading axes that hold rows, of which the chosen ones are kept; 0: it stays.
         num_rest: axes behind the rows of an input that is broadcast to all rows before.
     """
 
@@ -115,12 +128,31 @@ class Plan(NamedTuple):
     Attributes:
         num_axes: of its outputs' rows.
         roles: of its inputs, in order.
-        rest: of its output's shape, where the node is given a shape.
+        rest: of its output's shape, where the node is given a shape; among heads, the one it has.
     """
 
     num_axes: int
     roles: tuple[Role, ...]
     rest: list[int] | None = None
+
+
+def unrepeated(name: str, index: GraphIndex, space: RowSpace) -> str:
+    """(B, heads, T, size) of (B, heads · n, T, size), each head n times in a row, as transformers'
+    `repeat_kv` makes it; another tensor itself."""
+    found, shapes = name, [index.shapes.get(name, [])]
+    for op_type in ("Reshape", "Expand", "Unsqueeze"):
+        node = index.producers.get(found)
+        if node is None or node.op_type != op_type:
+            return name
+        found = node.input[0]
+        shapes.append(index.shapes.get(found, []))
+    repeated, copies, inserted, single = shapes
+    if space.num_axes(single) != HEADS or space.num_axes(repeated) != HEADS:
+        return name
+    batch, num_heads, length, size = single
+    is_repeat = inserted == [batch, num_heads, 1, length, size] and len(copies) == 5
+    is_repeat = is_repeat and [*copies[:2], *copies[3:]] == single
+    return found if is_repeat else name
 
 
 _PLAIN = Role()
@@ -162,13 +194,14 @@ def _broadcast(shape: Shape | None, out: Shape, space: RowSpace, num_axes: int) 
         return None
     head = [1] * (len(out) - len(shape)) + list(shape[: max(0, num_axes - len(out) + len(shape))])
     head = head[:num_axes]
-    if all(size == 1 for size in head):
+    per_row = [head[0], head[2]] if num_axes == HEADS else head
+    if all(size == 1 for size in per_row):
         return _PLAIN
     if head == out[:num_axes]:
         return Role(rows=num_axes)
     rest = shape[num_axes - len(out) + len(shape) :]
     can_expand = all(isinstance(size, int) for size in rest)
-    if num_axes == 2 and can_expand and all(a in (1, b) for a, b in zip(head, out, strict=False)):
+    if num_axes > 1 and can_expand and all(a in (1, b) for a, b in zip(head, out, strict=False)):
         return Role(rows=num_axes, num_rest=len(rest))
     return None
 
@@ -230,6 +263,8 @@ def _reshape(node: Any, index: GraphIndex, space: RowSpace, num_axes: int) -> li
     before = space.num_axes(shape)
     if not before or shape is None:
         return None
+    if HEADS in (before, num_axes):  # to the shape that it has
+        return [Role(rows=HEADS), _PLAIN] if shape == out else None
     rests = shape[before:], out[num_axes:]
     if not all(isinstance(size, int) for rest in rests for size in rest):
         return None
@@ -240,7 +275,7 @@ def _reshape(node: Any, index: GraphIndex, space: RowSpace, num_axes: int) -> li
 
 def _expand(node: Any, index: GraphIndex, space: RowSpace, num_axes: int) -> list[Role] | None:
     shape, out = index.shapes.get(node.input[0]), index.shapes[node.output[0]]
-    if space.num_axes(shape) != num_axes or len(shape or ()) != len(out):
+    if space.num_axes(shape) != num_axes or len(shape or ()) != len(out) or num_axes == HEADS:
         return None
     if not all(isinstance(size, int) for size in out[num_axes:]):
         return None
@@ -249,6 +284,9 @@ def _expand(node: Any, index: GraphIndex, space: RowSpace, num_axes: int) -> lis
 
 def _transpose(node: Any, index: GraphIndex, space: RowSpace, num_axes: int) -> list[Role] | None:
     perm = attribute(node, "perm")
+    before = space.num_axes(index.shapes.get(node.input[0]))
+    if perm is not None and list(perm) == SWAPPED and {before, num_axes} == {2, HEADS}:
+        return [Role(rows=before)]
     if perm is None or list(perm[:num_axes]) != list(range(num_axes)):
         return None
     return _first_only([index.shapes.get(node.input[0])], space, num_axes)

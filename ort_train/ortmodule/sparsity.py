@@ -10,8 +10,9 @@ and so do the nodes before it, back to where the tokens of a sequence meet (the 
 attention) or where another output needs all rows.
 
 Padding: nodes that compute each token by itself (embeddings, norms, projections, MLPs) run on the
-tokens that `attention_mask` shows, and on those whose label counts. Other nodes get zeros where
-the padding was; they may only be attention that masks it, or the model is refused.
+tokens that `attention_mask` shows, and on those whose label counts. So does masked attention that
+torch runs (packed_attention.py), each sample by itself. Other nodes get zeros where the padding
+was; they may only be attention that masks it, or the model is refused.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import torch
 import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError, UnsupportedModelError
-from ort_train.ortmodule import aten, exporter, functions, stop_gradient
+from ort_train.ortmodule import aten, attention_kernels, exporter, functions, stop_gradient
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.patching import replaced
@@ -261,6 +261,31 @@ def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[.
     return wrapper
 
 
+def _with_shapes_of_attention(initialize: Callable[..., None]) -> Callable[..., None]:
+    """Shape inference that knows attention as one node, among the nodes that torch runs."""
+
+    @functools.wraps(initialize)
+    def initialized(inference: Any, *args: Any, **fields: Any) -> None:
+        def infer(node: Any) -> None:
+            query, key, value = (inference._get_shape(node, position) for position in range(3))
+            if len(node.input) > 5:  # sizes that must be equal are, as where the mask is added
+                mask = inference._get_shape(node, 5)
+                inference._broadcast_shapes([*query[:3], key[2]], mask)
+            elem_type = inference.known_vi_[node.input[0]].type.tensor_type.elem_type
+            num_kept = str(inference._new_symbolic_dim_from_output(node, 1, 3))
+            for name, size in zip(node.output, (value[3], num_kept), strict=True):
+                info = onnx.helper.make_tensor_value_info(name, elem_type, [*query[:3], size])
+                inference.known_vi_[name].CopyFrom(info)
+
+        import onnx
+
+        initialize(inference, *args, **fields)
+        for operator in attention_kernels.OPERATORS.values():
+            inference.aten_op_dispatcher_[operator] = infer
+
+    return initialized
+
+
 @contextlib.contextmanager
 def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Iterator[None]:
     """Everything that construction and export of one ORTModule need, taken back at the end.
@@ -273,6 +298,7 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
     transition = importlib.import_module("onnxruntime.training.ortmodule._graph_transition_manager")
     upstream_logger = importlib.import_module("onnxruntime.training.ortmodule._logger")
     manager = transition.GraphTransitionManager
+    inference = transition.SymbolicShapeInference
     infer_shapes = manager._infer_shapes
 
     def infer_and_transform(model: Any) -> Any:
@@ -291,6 +317,7 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
         exporter.old_names(),
         exporter.as_default(),
         exporter.restored_symbolics(),
+        replaced(inference, __init__=_with_shapes_of_attention(inference.__init__)),
         replaced(upstream_logger, _suppress_os_stream_output=output_to_file),
         functions.as_python_ops() if options.compiled_extensions else functions.refused(),
         replaced(
