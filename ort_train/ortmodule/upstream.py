@@ -234,7 +234,9 @@ def output_to_file(
                 on_exit(file)
 
 
-def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[..., Any]:
+def _gradients_of_trainable_only(
+    export_model: Callable[..., Any], transform: Callable[[Any], Any]
+) -> Callable[..., Any]:
     """ORTModule builds gradients of frozen parameters too (`_graph_transition_manager.py`,
     `_export_model`: every parameter is listed as requiring grad), which costs a LoRA run most of
     its backward pass."""
@@ -252,6 +254,7 @@ def _gradients_of_trainable_only(export_model: Callable[..., Any]) -> Callable[.
             if name not in frozen and (passed is None or name in passed)
         ]
         if not trained:
+            transform(model)  # its own refusal says more, as that of a call without labels
             raise UnsupportedModelError(
                 "nothing that it returns depends on a parameter that is trained: if that is meant, "
                 "call it under torch.no_grad() or in eval mode"
@@ -322,7 +325,9 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
         functions.as_python_ops() if options.compiled_extensions else functions.refused(),
         replaced(
             manager,
-            _export_model=staticmethod(_gradients_of_trainable_only(manager._export_model)),
+            _export_model=staticmethod(
+                _gradients_of_trainable_only(manager._export_model, infer_and_transform)
+            ),
             _add_check_label_sparsity_hook=staticmethod(add_no_hook),
             _infer_shapes=staticmethod(infer_and_transform),
         ),
