@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ort_train import provenance
-from ort_train.bench_turns import spread
+from ort_train.bench.turns import spread
 from ort_train.files import replacing
+from ort_train.reports import provenance
 
 if TYPE_CHECKING:
     import torch
 
-    from ort_train.candidates import Candidate
+    from ort_train.auto.candidates import Candidate
 
 FILE = Path(__file__).with_suffix(".json")
 LIMIT = 0.03
@@ -102,7 +102,7 @@ CASES = {
 
 def build(case: Case) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """The case's model in training mode, without dropout, and its batches."""
-    from ort_train import bench_worker
+    from ort_train.bench import worker as bench_worker
     from ort_train.recipes import load_recipe
 
     if case.model_type is None:
@@ -119,8 +119,8 @@ def _made(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from ort_train import bench_worker
-    from ort_train.batches import IGNORED_LABEL
+    from ort_train.bench import worker as bench_worker
+    from ort_train.data.batches import IGNORED_LABEL
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **fields)
@@ -146,7 +146,7 @@ def _made(
 def singles(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[Candidate]:
     """Every choice that auto has here."""
     from ort_train import OrtOptions
-    from ort_train.candidates import (
+    from ort_train.auto.candidates import (
         AUTO_PRECISIONS,
         CONCRETE_BACKENDS,
         Candidate,

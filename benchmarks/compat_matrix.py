@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ort_train import cache, provenance
+from ort_train import cache
 from ort_train.files import replacing
+from ort_train.reports import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/test_architectures.py"

@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
-from ort_train import provenance
 from ort_train.files import replacing
+from ort_train.reports import provenance
 
 FILE = Path(__file__).with_suffix(".json")
 LIMIT = 2.2

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from ort_train import provenance
-from ort_train.bench_turns import spread
+from ort_train.bench.turns import spread
 from ort_train.files import replacing
+from ort_train.reports import provenance
 
 FILE = Path(__file__).with_suffix(".json")
 SHAPE = (2, 128)  # samples, tokens

@@ -22,12 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ort_train import provenance
-from ort_train.bench_run import Case
-from ort_train.benchmark import run_benchmark
+from ort_train.bench.benchmark import run_benchmark
+from ort_train.bench.run import Case
 from ort_train.files import replacing
 from ort_train.recipes import load_recipe
-from ort_train.report_views import COLORS
+from ort_train.reports import provenance
+from ort_train.reports.views import COLORS
 
 FILE = Path(__file__).with_suffix(".json")
 RECIPE = "bench_llama_256"

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ort_train import provenance
-from ort_train.bench_turns import spread
+from ort_train.bench.turns import spread
 from ort_train.files import replacing
+from ort_train.reports import provenance
 
 if TYPE_CHECKING:
     import torch

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ort_train import provenance
-from ort_train.bench_run import Case, Run
-from ort_train.bench_turns import CaseRun, spread, take_turns
+from ort_train.bench.run import Case, Run
+from ort_train.bench.turns import CaseRun, spread, take_turns
 from ort_train.config import RunConfig, parse
+from ort_train.data.samples import make_samples
 from ort_train.files import replacing
 from ort_train.recipes import load_recipe
-from ort_train.samples import make_samples
+from ort_train.reports import provenance
 
 FILE = Path(__file__).with_suffix(".json")
 _LABELS = {"label_sparsity": True}

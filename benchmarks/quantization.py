@@ -42,7 +42,7 @@ NUM_ROWS, LENGTH = 64, 128
 
 
 def schemes() -> dict[str, Any]:
-    from ort_train.inference.quantize import Scheme
+    from ort_train.inference.quantization.quantize import Scheme
 
     found: dict[str, Any] = {"fp16": Scheme("fp16"), "int8": Scheme("int8")}
     for symmetric in (False, True):
@@ -78,9 +78,9 @@ def training(model: Path) -> dict[str, Any] | None:
 
 def accuracy(model: Path, overrides: list[str], folder: Path, threads: int) -> dict[str, Any]:
     from ort_train.inference import export_model, load_folder
-    from ort_train.inference.quantize import quantize_folder
+    from ort_train.inference.quantization.quantize import quantize_folder
     from ort_train.inference.text import make_rows
-    from ort_train.provenance import scrub
+    from ort_train.reports.provenance import scrub
 
     exported = folder / "trained"
     export_model(model, exported)
@@ -114,8 +114,8 @@ def accuracy(model: Path, overrides: list[str], folder: Path, threads: int) -> d
 
 def speed(folder: Path, threads: int) -> dict[str, Any]:
     from ort_train.inference import load_folder
-    from ort_train.inference.evaluate import decoding_speed
-    from ort_train.inference.quantize import quantize_folder
+    from ort_train.inference.quantization.evaluate import decoding_speed
+    from ort_train.inference.quantization.quantize import quantize_folder
 
     exported = made_model(folder, SPEED_MODEL)
     models = {"fp32": load_folder(exported)}
@@ -142,8 +142,8 @@ def memory(folder: Path) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in exported.iterdir())
     code = (
         "import sys\n"
-        "from ort_train.bench_serve import peak_resident_gib\n"
-        "from ort_train.inference.quantize import Scheme, quantize_folder\n"
+        "from ort_train.bench.serve import peak_resident_gib\n"
+        "from ort_train.inference.quantization.quantize import Scheme, quantize_folder\n"
         "before = peak_resident_gib()\n"
         "quantize_folder(sys.argv[1], sys.argv[2], Scheme(sys.argv[3]))\n"
         "print(before, peak_resident_gib())"
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
-    from ort_train import provenance
+    from ort_train.reports import provenance
 
     record: dict[str, Any] = {
         "command": provenance.command().replace(provenance.scrub(str(args.model)), "RUN/model"),

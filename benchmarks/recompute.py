@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from ort_train import provenance
 from ort_train.files import replacing
+from ort_train.reports import provenance
 
 FILE = Path(__file__).with_suffix(".json")
 SHAPE = (4, 512)  # samples, tokens

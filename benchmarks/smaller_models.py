@@ -64,9 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="of all trainings: data.folder=...")
     overrides = parser.parse_args().overrides
-    from ort_train import provenance
     from ort_train.files import replacing
     from ort_train.recipes import load_recipe
+    from ort_train.reports import provenance
 
     teacher = load_recipe("runs/quickstart/config.yaml").train.max_steps
     record: dict[str, Any] = {**provenance.envelope(provenance.now(), provenance.machine())}

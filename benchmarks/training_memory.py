@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ort_train import provenance
 from ort_train.files import replacing
+from ort_train.reports import provenance
 
 FILE = Path(__file__).with_suffix(".json")
 BACKENDS = ("eager", "ort")
@@ -92,7 +92,7 @@ def measure(name: str, backend: str, steps: int, threads: int) -> dict[str, Any]
     import torch
 
     from ort_train import wrap
-    from ort_train.bench_worker import build
+    from ort_train.bench.worker import build
     from ort_train.ortmodule import OrtOptions, upstream
     from ort_train.quantization import hush_kernel_notice
     from ort_train.recipes import load_recipe

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import AdapterConfig
-from .errors import ModelError
-from .near import near_matches
-from .tasks import Task, peft_type
+from ort_train.config import AdapterConfig
+from ort_train.data.tasks import Task, peft_type
+from ort_train.errors import ModelError
+from ort_train.near import near_matches
 
 if TYPE_CHECKING:
     from peft import PeftModel

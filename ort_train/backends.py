@@ -16,10 +16,10 @@ from ort_train.errors import BackendUnavailableError, ConfigError
 from ort_train.forward import TrainingForward, give_back, take_over, taken_over
 
 if TYPE_CHECKING:
+    from ort_train.auto.trial import Decision
     from ort_train.ortmodule import OrtOptions
     from ort_train.ortmodule.forward import OrtForward
-    from ort_train.ortmodule.sparsity import Savings
-    from ort_train.trial import Decision
+    from ort_train.ortmodule.sparse.sparsity import Savings
 
 BackendName = Literal["eager", "compile", "ort", "auto"]
 PrecisionName = Literal["fp32", "bf16", "fp16", "auto"]
@@ -140,7 +140,7 @@ def _make_ort_runner(
 def _make_auto_runner(
     module: torch.nn.Module, original: Callable[..., Any], **settings: Any
 ) -> Callable[..., Any]:
-    from ort_train.autoselect import AutoRunner
+    from ort_train.auto.autoselect import AutoRunner
 
     return AutoRunner(module, original, **settings)
 

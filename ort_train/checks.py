@@ -187,8 +187,8 @@ def check_compiler() -> Iterator[Check]:
 def check_backends() -> Iterator[Check]:
     import torch
 
+    from ort_train.auto.candidates import CONCRETE_BACKENDS
     from ort_train.backends import available
-    from ort_train.candidates import CONCRETE_BACKENDS
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for backend in CONCRETE_BACKENDS:
@@ -300,7 +300,7 @@ def check_hub(problem: Future[str | None]) -> Iterator[Check]:
 
 def hub_problem() -> str | None:
     """What keeps the hub from answering, or None; takes up to 3 s."""
-    from ort_train import data
+    from ort_train.data import corpora as data
 
     return data.hub_problem("datasets/Salesforce/wikitext", _HUB_TIMEOUT_S)
 

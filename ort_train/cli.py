@@ -81,7 +81,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure a recipe over several backends")
     if command == "bench":
-        from ort_train import benchmark
+        from ort_train.bench import benchmark
 
         benchmark.add_arguments(bench)
         bench.set_defaults(run=benchmark.main)
@@ -94,7 +94,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         "and GGUF files that are missing are made beside DIR first.",
     )
     if command == "bench-inference":
-        from ort_train.inference import bench_generation
+        from ort_train.inference.benchmark import generation as bench_generation
 
         bench_generation.add_arguments(inference)
         inference.set_defaults(run=bench_generation.main)
@@ -196,7 +196,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         "applied alone, and its effect told; the outputs on random inputs must stay the same.",
     )
     if command == "optimize":
-        from ort_train.inference import optimize as optimize_command
+        from ort_train.inference.optimization import optimize as optimize_command
 
         optimize_command.add_arguments(optimize)
         optimize.set_defaults(run=optimize_command.main)
@@ -219,7 +219,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         "graph runs twice: below its distance from itself a difference means nothing.",
     )
     if command == "passes-bench":
-        from ort_train.inference import passes_bench as passes_bench_command
+        from ort_train.inference.optimization import bench as passes_bench_command
 
         passes_bench_command.add_arguments(passes_bench)
         passes_bench.set_defaults(run=passes_bench_command.main)
@@ -232,7 +232,7 @@ def make_parser(command: str = "") -> argparse.ArgumentParser:
         "differs by more than --max-kl isn't kept.",
     )
     if command == "quantize":
-        from ort_train.inference import quantize_command
+        from ort_train.inference.quantization import command as quantize_command
 
         quantize_command.add_arguments(quantize)
         quantize.set_defaults(run=quantize_command.main)
@@ -273,7 +273,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ort_train.inference.export import describe, export_model
+    from ort_train.inference.decoder.export import describe, export_model
 
     _quiet_transformers()
     exported = export_model(
@@ -303,7 +303,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     _quiet_transformers()
-    from ort_train.inference import console
+    from ort_train.inference.generation import console
 
     console.generate(args)
     return 0

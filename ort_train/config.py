@@ -21,10 +21,10 @@ from pydantic import (
     ValidationError,
 )
 
-from .contradictions import contradictions
-from .errors import ConfigError
-from .near import near_matches
-from .tasks import Task
+from ort_train.contradictions import contradictions
+from ort_train.data.tasks import Task
+from ort_train.errors import ConfigError
+from ort_train.near import near_matches
 
 MIN_VOCAB_SIZE = 259
 """Of a byte-level BPE: 256 bytes and the special tokens bos, eos and pad."""

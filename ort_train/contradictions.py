@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .tasks import max_length
+from ort_train.data.tasks import max_length
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from ort_train.config import RunConfig
 
 # How architectures spell the number of positions they can address.
 POSITION_FIELDS = ("max_position_embeddings", "n_positions")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from ort_train.batches import IGNORED_LABEL
 from ort_train.config import RunConfig
+from ort_train.data.batches import IGNORED_LABEL
 from ort_train.errors import ConfigError, ModelError
 from ort_train.trainer import ORTTrainer
 

@@ -16,8 +16,8 @@ from ort_train.errors import ConfigError, NonFiniteLossError
 from ort_train.files import replacing
 
 if TYPE_CHECKING:
+    from ort_train.data.samples import Samples
     from ort_train.distillation import Distiller
-    from ort_train.samples import Samples
     from ort_train.trainer import ORTTrainer
 
 
@@ -60,11 +60,11 @@ def run(config: RunConfig) -> JobResult:
     from transformers.utils import logging as transformers_logging
 
     from ort_train.adapters import apply_adapter, trainable_summary
+    from ort_train.data.packing import check_models
+    from ort_train.data.samples import make_samples
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
-    from ort_train.packing import check_models
     from ort_train.roster import Roster
-    from ort_train.samples import make_samples
     from ort_train.signals import StopOnSignal
 
     transformers_logging.set_verbosity_error()  # its hints are about code, not about this run
@@ -161,8 +161,8 @@ def check(config: RunConfig) -> None:
 
 def _measure(config: RunConfig) -> dict[str, Any]:
     """The run's backend and the baselines on this run's model and first batches."""
-    from ort_train.bench_run import Case
-    from ort_train.benchmark import BACKENDS, precisions_here, run_benchmark
+    from ort_train.bench.benchmark import BACKENDS, precisions_here, run_benchmark
+    from ort_train.bench.run import Case
 
     backend, train = config.train.backend, config.train
     own = list(BACKENDS) if backend == "auto" else [backend]
@@ -186,7 +186,7 @@ def _make_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     from ort_train import zero
-    from ort_train.candidates import precisions
+    from ort_train.auto.candidates import precisions
     from ort_train.console import ConsoleCallback
     from ort_train.distillation import DistillationTrainer
     from ort_train.pruning import KeepZeros
@@ -304,8 +304,8 @@ def _report(
     eval_loss: float,
     perplexity: float,
 ) -> None:
-    from ort_train import curves, report
-    from ort_train.record import write
+    from ort_train.reports import curves, report
+    from ort_train.reports.record import write
 
     out = config.output_dir
     training = {

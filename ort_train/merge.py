@@ -7,12 +7,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoints, fingerprint, quantization
-from .config import RunConfig
-from .errors import CheckpointError, ModelError
-from .files import new_folder_obstacle
-from .recipes import load_recipe
-from .run_folder import CONFIG_FILE, MODEL_FOLDER
+from ort_train import checkpoints, fingerprint, quantization
+from ort_train.config import RunConfig
+from ort_train.errors import CheckpointError, ModelError
+from ort_train.files import new_folder_obstacle
+from ort_train.recipes import load_recipe
+from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,7 +96,7 @@ def _load_base(
 ) -> PreTrainedModel:
     import torch
 
-    from .models import load_model
+    from ort_train.models import load_model
 
     quantized = quantization.of_run(config) if dequantized else None
     model = load_model(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ort_train.batches import IGNORED_LABEL
+from ort_train.data.batches import IGNORED_LABEL
 
 
 class SpeedCallback(TrainerCallback):

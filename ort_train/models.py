@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import tasks
-from .config import ModelConfig
-from .data import hub_problem
-from .errors import ModelError
-from .near import near_matches
-from .quantization import (
+from ort_train.config import ModelConfig
+from ort_train.data import tasks
+from ort_train.data.corpora import hub_problem
+from ort_train.errors import ModelError
+from ort_train.near import near_matches
+from ort_train.quantization import (
     Quantization,
     loading_options,
     prepare,

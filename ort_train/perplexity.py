@@ -50,7 +50,7 @@ def read(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) 
     """
     import torch
 
-    from ort_train.batches import IGNORED_LABEL
+    from ort_train.data.batches import IGNORED_LABEL
 
     was_training = model.training
     model.eval()

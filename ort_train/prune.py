@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ort_train.config import RunConfig
 from ort_train.errors import ConfigError
-from ort_train.provenance import versions
 from ort_train.recipes import make_config
+from ort_train.reports.provenance import versions
 
 if TYPE_CHECKING:
+    from ort_train.data.samples import Samples
     from ort_train.perplexity import Reading
-    from ort_train.samples import Samples
 
 REPORT_FILE = "prune.json"
 _NUM_READINGS = 3
@@ -52,11 +52,11 @@ def prune_folder(
         ConfigError: wrong settings.
         ModelError: the model can't be loaded or pruned, or `out` holds something.
     """
+    from ort_train.data.packing import check_models
+    from ort_train.data.samples import make_samples
     from ort_train.inference.folder import staged as staged_folder
     from ort_train.models import load_model
-    from ort_train.packing import check_models
     from ort_train.pruning import prune_model
-    from ort_train.samples import make_samples
 
     source, out = Path(source).expanduser(), Path(out).expanduser()
     if not (source / "config.json").is_file():

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError
+from ort_train.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from .config import RunConfig
+    from ort_train.config import RunConfig
 
 # One model serves all that auto tries.
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "float32"}
@@ -177,7 +177,7 @@ def prepare(model: torch.nn.Module, quantization: Quantization) -> None:
     """
     import torch
 
-    from .ortmodule import layers_4bit
+    from ort_train.ortmodule.export import layers_4bit
 
     misread = []
     for layer in layers_4bit.layers(model):

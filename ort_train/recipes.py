@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from .config import ModelConfig, RunConfig, parse
-from .errors import ConfigError
-from .known_models import KNOWN_MODELS
-from .near import near_matches
-from .quantization import of_run
+from ort_train.config import ModelConfig, RunConfig, parse
+from ort_train.errors import ConfigError
+from ort_train.known_models import KNOWN_MODELS
+from ort_train.near import near_matches
+from ort_train.quantization import of_run
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _shrink_model(model: dict[str, Any], section: str) -> None:
             f"its type: set {section}.architecture, for example {section}.architecture=llama"
         )
     # Only here: which sizes an architecture has, transformers knows.
-    from .models import tiny_config
+    from ort_train.models import tiny_config
 
     for key in _DROPPED_BY_TINY:
         model[key] = None
@@ -198,7 +198,7 @@ def _use_fp32_where_needed(values: dict[str, Any]) -> None:
     """Full precision where this machine's backend can't compute in the recipe's."""
     import torch
 
-    from .backends import available
+    from ort_train.backends import available
 
     train, model, adapter = (values[section] for section in ("train", "model", "adapter"))
     device_type = "cuda" if torch.cuda.is_available() else "cpu"

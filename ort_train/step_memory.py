@@ -59,7 +59,7 @@ def make_without_data(
     from transformers import AutoConfig
 
     from ort_train.adapters import apply_adapter
-    from ort_train.tasks import auto_class
+    from ort_train.data.tasks import auto_class
 
     with _quiet():
         made = AutoConfig.for_model(architecture, **{**fields, "use_cache": False})

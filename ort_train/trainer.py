@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.modeling_outputs import ModelOutput
 
-from ort_train import batches, checkpoints, distributed, fingerprint
+from ort_train import checkpoints, distributed, fingerprint
 from ort_train.backends import (
     decision_of,
     graph_from_cache,
@@ -28,6 +28,7 @@ from ort_train.backends import (
     runner_factory,
     savings,
 )
+from ort_train.data import batches
 from ort_train.errors import ConfigError, NonFiniteLossError
 from ort_train.forward import TrainingForward, give_back, take_over
 from ort_train.metrics import SparsityMeter, SpeedCallback
@@ -39,7 +40,7 @@ from ort_train.training_args import (
 )
 
 if TYPE_CHECKING:
-    from ort_train.trial import Decision
+    from ort_train.auto.trial import Decision
 
 __all__ = [
     "ORTOptimizerNames",

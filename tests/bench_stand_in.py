@@ -1,4 +1,4 @@
-"""A stand-in for `ort_train.bench_worker`: speaks its protocol without a model.
+"""A stand-in for `ort_train.bench.worker`: speaks its protocol without a model.
 
 What each backend does is told by the config's description, JSON of backend -> behaviour.
 """

@@ -91,7 +91,7 @@ def make_decoder(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedMod
 
 def save_decoder(folder: Path, model_type: str, **fields: Any) -> PreTrainedModel:
     """Save one with a tokenizer; returns the model."""
-    from ort_train.tokenizer import make_tokenizer
+    from ort_train.data.tokenizer import make_tokenizer
 
     model = make_decoder(model_type, **fields)
     model.save_pretrained(folder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ort_train import provenance
-from ort_train import record as records
+from ort_train.reports import provenance
+from ort_train.reports import record as records
 
 
 def spread(value: float) -> dict[str, float]:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ort_train import OrtOptions, wrap
-from ort_train.ortmodule import activations, aten
+from ort_train.ortmodule.kernels import aten
+from ort_train.ortmodule.passes import activations
 
 ERF, TANH = "ort_train::gelu_grad", "ort_train::gelu_tanh_grad"
 RELU = "ort_train::relu_grad"

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ort_train import wrap
-from ort_train.ortmodule import aten
+from ort_train.ortmodule.kernels import aten
 
 _DOMAIN = "org.pytorch.aten"
 _DTYPES = {

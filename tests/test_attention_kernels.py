@@ -18,7 +18,7 @@ from trained_graphs import engines, operators
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import ConfigError, UnsupportedModelError
-from ort_train.ortmodule import attention_kernels, onednn
+from ort_train.ortmodule.kernels import attention_kernels, onednn
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 

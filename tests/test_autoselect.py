@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ort_train import OrtOptions, decision, trial, wrap
+from ort_train import OrtOptions, decision, wrap
+from ort_train.auto import trial
+from ort_train.auto.candidates import Candidate, densities, sparser
+from ort_train.auto.trial import Decision, Trial
 from ort_train.backends import graph_from_cache
-from ort_train.candidates import Candidate, densities, sparser
 from ort_train.errors import ConfigError
 from ort_train.forward import taken_over
-from ort_train.trial import Decision, Trial
 
 pytestmark = pytest.mark.usefixtures("shared_graphs")
 
@@ -71,7 +72,7 @@ def test_fastest_is_kept_and_said(
     times(monkeypatch, **{fastest: 1.0, slower: 2.0})
     module = wrap(_Net(), backend="auto")
     assert decision(module) is None
-    with caplog.at_level(logging.WARNING, "ort_train.autoselect"):
+    with caplog.at_level(logging.WARNING, "ort_train.auto.autoselect"):
         train(module, 4)
     made = decision(module)
     assert made is not None

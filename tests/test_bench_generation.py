@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ort_train import record as records
-from ort_train import report
 from ort_train.backends import available
 from ort_train.cli import main
 from ort_train.errors import ConfigError, ExportError
-from ort_train.inference import exports, generation_run, gguf_convert
-from ort_train.inference.bench_generation import PYTHON_VARIABLE, run_benchmark
-from ort_train.inference.engines import ENGINES, expand
-from ort_train.inference.generation_run import compare
+from ort_train.inference.benchmark import exports, gguf_convert
+from ort_train.inference.benchmark import run as generation_run
+from ort_train.inference.benchmark.engines import ENGINES, expand
+from ort_train.inference.benchmark.generation import PYTHON_VARIABLE, run_benchmark
+from ort_train.inference.benchmark.run import compare
+from ort_train.reports import record as records
+from ort_train.reports import report
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_compile_agrees(tiny_llama, tmp_path):
     can_run, reason = available("compile")
     if not can_run:
         pytest.skip(reason)
-    from ort_train.inference.generation_worker import make_session
+    from ort_train.inference.benchmark.worker import make_session
 
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     prompts = np.random.default_rng(0).integers(0, 100, (2, 5))

@@ -17,14 +17,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ort_train import bench_run, bench_turns, benchmark, candidates, report
-from ort_train import record as records
-from ort_train.bench_process import Worker, WorkerError
-from ort_train.benchmark import Case, precisions_here, run_benchmark
+from ort_train.auto import candidates
+from ort_train.bench import benchmark
+from ort_train.bench import run as bench_run
+from ort_train.bench import turns as bench_turns
+from ort_train.bench.benchmark import Case, precisions_here, run_benchmark
+from ort_train.bench.parity import TOLERANCES, Trajectory, judge, worst_gradient
+from ort_train.bench.process import Worker, WorkerError
 from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
-from ort_train.parity import TOLERANCES, Trajectory, judge, worst_gradient
-from ort_train.report import summary_lines
+from ort_train.reports import record as records
+from ort_train.reports import report
+from ort_train.reports.report import summary_lines
 
 STAND_IN = (sys.executable, str(Path(__file__).parent / "bench_stand_in.py"))
 ALL = [Case("eager"), Case("compile"), Case("ort")]
@@ -223,7 +227,7 @@ class TestWorker:
 
     def test_the_real_worker_keeps_prints_out_of_its_replies(self):
         code = (
-            "import os, sys, ort_train.bench_worker as w\n"
+            "import os, sys, ort_train.bench.worker as w\n"
             "class Noisy:\n"
             "    def __init__(self, **_): print('python'); os.system('echo child')\n"
             "    def start(self): os.write(1, b'raw'); raise ValueError('bad /home/somebody/x')\n"
@@ -315,7 +319,7 @@ def test_precision_auto_is_measured_in_all_that_it_may_choose(monkeypatch):
 
 def test_dropout_is_switched_off_everywhere():
     torch = pytest.importorskip("torch")
-    from ort_train.bench_worker import disable_dropout
+    from ort_train.bench.worker import disable_dropout
 
     class Attention(torch.nn.Module):
         def __init__(self):
@@ -332,7 +336,7 @@ def test_dropout_is_switched_off_everywhere():
 
 def test_zero_matrices_get_values_so_that_no_gradient_is_hidden():
     torch = pytest.importorskip("torch")
-    from ort_train.bench_worker import fill_zero_weights
+    from ort_train.bench.worker import fill_zero_weights
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     for parameter in model.parameters():

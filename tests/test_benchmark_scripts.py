@@ -13,7 +13,8 @@ import pytest
 import torch
 from example_records import broken, result
 
-from ort_train import trial, wrap
+from ort_train import wrap
+from ort_train.auto import trial
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -52,8 +53,8 @@ def test_auto_is_checked_against_every_single_choice(
     script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ):
     auto_check = script("auto_check")
-    monkeypatch.setattr("ort_train.candidates.CONCRETE_BACKENDS", ("eager", "ort"))
-    monkeypatch.setattr("ort_train.candidates.no_bf16", lambda device_type: "none here")
+    monkeypatch.setattr("ort_train.auto.candidates.CONCRETE_BACKENDS", ("eager", "ort"))
+    monkeypatch.setattr("ort_train.auto.candidates.no_bf16", lambda device_type: "none here")
     model, batches = auto_check._made(
         "bert",
         {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64},

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from trained_graphs import graph_of, operators
 
 from ort_train import OrtOptions, wrap
-from ort_train.ortmodule import bf16_values, onednn, products
-from ort_train.ortmodule.aten import BF16_SUFFIX, operator_name
+from ort_train.ortmodule.kernels import onednn
+from ort_train.ortmodule.kernels.aten import BF16_SUFFIX, operator_name
+from ort_train.ortmodule.passes import bf16_values, products
 
 pytestmark = pytest.mark.skipif(
     not onednn.has_bf16(), reason="this CPU doesn't multiply in bf16: products are emulated, slowly"

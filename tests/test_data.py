@@ -1,4 +1,4 @@
-"""ort_train.data: where the text comes from, and how it becomes blocks."""
+"""ort_train.data.corpora: where the text comes from, and how it becomes blocks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from ort_train import data
-from ort_train.data import hub_problem, load_corpus, make_blocks
+from ort_train.data import corpora as data
+from ort_train.data.corpora import hub_problem, load_corpus, make_blocks
+from ort_train.data.tokenizer import make_tokenizer
 from ort_train.errors import DataError
-from ort_train.tokenizer import make_tokenizer
 
 TEXT = "".join(f" = Title {i} = \n \n Some <unk> words , number {i} .\n" for i in range(200))
 
@@ -116,7 +116,7 @@ def test_usual_folder_below_the_working_directory(tmp_path, monkeypatch):
 
 def test_offline_text_is_the_last_resort(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages" / "x" / "data.py"))
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages" / "x" / "data/corpora.py"))
     corpus = load_corpus()
     assert corpus.source.startswith("the Python documentation that every CPython carries")
     assert "hub: HF_HUB_OFFLINE is set" in corpus.source

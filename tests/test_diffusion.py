@@ -246,8 +246,8 @@ def test_a_damaged_export_is_refused(exported, tmp_path, damage, message):
 
 
 def test_benchmark_of_images(exported, tmp_path, capsys):
-    from ort_train import record as records
-    from ort_train import report
+    from ort_train.reports import record as records
+    from ort_train.reports import report
 
     out = tmp_path / "record.json"
     words = ["bench-diffusion", str(exported[0]), "--exported", str(exported[1]), "--steps", "2"]

@@ -174,7 +174,7 @@ def test_evaluation_is_by_the_text_alone(tmp_path: Path, tiny_llama: Any, teache
 def test_a_benchmark_measures_the_same_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ort_train.bench_worker import Session
+    from ort_train.bench.worker import Session
 
     monkeypatch.chdir(tmp_path)
     overrides = ["data.source=offline", "train.backend=eager", "distill.alpha=0.25"]
@@ -239,9 +239,9 @@ def test_a_teacher_that_was_not_trained_yet(
 
 
 def test_tiny_makes_another_teacher_than_the_student() -> None:
+    from ort_train.data.tokenizer import make_tokenizer
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
-    from ort_train.tokenizer import make_tokenizer
 
     tiny = load_recipe("quickstart_distill", ["distill.teacher.name_or_path=a/b"], tiny=True)
     assert tiny.distill.teacher is not None

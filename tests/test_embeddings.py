@@ -13,7 +13,7 @@ import torch
 from trained_graphs import operators
 
 from ort_train import OrtOptions, wrap
-from ort_train.ortmodule import products
+from ort_train.ortmodule.passes import products
 
 SIZE, WIDTH = 40, 24
 

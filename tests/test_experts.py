@@ -14,7 +14,7 @@ import transformers
 from torch.nn import functional as F
 
 from ort_train import OrtOptions, wrap
-from ort_train.ortmodule import experts
+from ort_train.ortmodule.export import experts
 
 OPTIONS = OrtOptions(num_threads=1)
 MAJOR, MINOR = map(int, transformers.__version__.split(".")[:2])

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 
 from ort_train.cli import main
 from ort_train.errors import CheckpointError, ExportError
-from ort_train.inference import export_model, fused, load_folder, parity
+from ort_train.inference import export_model, load_folder
+from ort_train.inference.decoder import fused, parity
 from ort_train.inference.folder import DATA_FILE, INFO_FILE, MODEL_FILE, load_graph
-from ort_train.inference.session import DecoderSession
+from ort_train.inference.generation.session import DecoderSession
 
 # fp32 sums in another order, on logits of some 1 to 10: seen is 1e-6.
 TOLERANCE = 1e-5
@@ -117,7 +118,7 @@ def test_what_cant_be_exported_is_named(
 
 
 def test_tracing_leaves_torch_as_it_was(tmp_path: Path) -> None:
-    from ort_train.ortmodule.exporter import symbolic_registry
+    from ort_train.ortmodule.export.exporter import symbolic_registry
 
     save_decoder(tmp_path / "model", "gpt2")
 

@@ -26,10 +26,11 @@ from trained_graphs import engines, forward_of, manager_of
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule import cached_graph, export_cache, trace_key, upstream
+from ort_train.ortmodule import upstream
+from ort_train.ortmodule.cache import cached_graph, export_cache, trace_key
+from ort_train.ortmodule.cache.described import UndescribableError
 from ort_train.ortmodule.call import describe_call
-from ort_train.ortmodule.described import UndescribableError
-from ort_train.ortmodule.onednn import has_bf16
+from ort_train.ortmodule.kernels.onednn import has_bf16
 
 MakeModel = Callable[..., Any]
 
@@ -645,7 +646,7 @@ def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_bench_measures_without_earlier_graphs(tmp_path: Path):
-    from ort_train.bench_process import Worker
+    from ort_train.bench.process import Worker
 
     program = "import json, os; print(json.dumps({'is': os.environ['ORT_TRAIN_GRAPH_CACHE']}))"
     scratch = tmp_path / "scratch"

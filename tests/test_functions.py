@@ -13,7 +13,7 @@ import torch
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule import functions
+from ort_train.ortmodule.export import functions
 
 
 class StraightThrough(torch.autograd.Function):

@@ -16,7 +16,7 @@ from ort_train.cli import main
 from ort_train.errors import ExportError, GenerationError
 from ort_train.inference import OrtGenerator, export_model, load_folder
 from ort_train.inference.folder import DATA_FILE
-from ort_train.inference.session import DecoderSession
+from ort_train.inference.generation.session import DecoderSession
 
 PAD = 2
 NEW_TOKENS = 24

@@ -1,4 +1,4 @@
-"""ort_train.instructions: prompts and responses, and their padded batches."""
+"""ort_train.data.instructions: prompts and responses, and their padded batches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from ort_train import job
 from ort_train.config import DataConfig, ModelConfig, parse
+from ort_train.data.instructions import load_records, pad_batch, tokenize
+from ort_train.data.samples import make_samples
+from ort_train.data.tokenizer import make_tokenizer
 from ort_train.errors import ConfigError, DataError
-from ort_train.instructions import load_records, pad_batch, tokenize
 from ort_train.recipes import load_recipe
-from ort_train.samples import make_samples
-from ort_train.tokenizer import make_tokenizer
 
 COLUMNS = ("prompt", "response")
 RECORDS = [("What is this?", "A test."), ("And that?", "A much longer answer to what that is.")]

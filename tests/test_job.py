@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ort_train import job, run_folder, trial
+from ort_train import job, run_folder
+from ort_train.auto import trial
 from ort_train.config import RunConfig
 from ort_train.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from ort_train.recipes import load_recipe

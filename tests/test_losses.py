@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ort_train.ortmodule import aten, losses
+from ort_train.ortmodule.kernels import aten
+from ort_train.ortmodule.passes import losses
 
 
 def run(name: str, *inputs: Any) -> Any:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from ort_train import wrap
-from ort_train.ortmodule import OrtOptions, aten, embeddings, memory
+from ort_train.ortmodule import OrtOptions
+from ort_train.ortmodule.kernels import aten, memory
+from ort_train.ortmodule.passes import embeddings
 
 
 @pytest.fixture(autouse=True)

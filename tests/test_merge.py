@@ -104,7 +104,7 @@ def test_qlora_merges_onto_the_base_that_it_says(
 def test_an_exported_qlora_run_computes_what_was_trained(qlora_run: Path, tmp_path: Path) -> None:
     """The graph against the 4-bit base with its adapter, and against the merged model."""
     from ort_train.inference import export_model
-    from ort_train.inference.session import DecoderSession
+    from ort_train.inference.generation.session import DecoderSession
 
     exported = export_model(qlora_run, tmp_path / "exported")
     assert exported.info.kind == "fused"
@@ -126,7 +126,7 @@ def test_a_local_base_is_quantized_in_loading_and_left_as_it_is(
     tiny_llama: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
-    from ort_train.tokenizer import make_tokenizer
+    from ort_train.data.tokenizer import make_tokenizer
 
     base = tmp_path / "base"
     tiny_llama(vocab_size=512).save_pretrained(base)

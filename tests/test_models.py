@@ -1,4 +1,4 @@
-"""ort_train.models and ort_train.tokenizer: loaded and made, and what doesn't fit."""
+"""ort_train.models and ort_train.data.tokenizer: loaded and made, and what doesn't fit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from ort_train import tokenizer as tokenizer_module
 from ort_train.config import ModelConfig, parse
+from ort_train.data import tokenizer as tokenizer_module
+from ort_train.data.tokenizer import load_tokenizer, make_tokenizer
 from ort_train.errors import ModelError
 from ort_train.models import load_model, tiny_config
 from ort_train.recipes import tiny
-from ort_train.tokenizer import load_tokenizer, make_tokenizer
 
 TEXT = "".join(f" = Title {i} = \n \n Some <unk> words , number {i} .\n" for i in range(200))
 SIZES = {

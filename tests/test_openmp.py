@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ort_train import wrap
-from ort_train.ortmodule import OrtOptions, openmp
+from ort_train.ortmodule import OrtOptions
+from ort_train.ortmodule.kernels import openmp
 
 ROOT = Path(__file__).parents[1]
 

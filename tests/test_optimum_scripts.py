@@ -52,7 +52,7 @@ def parse(*arguments: str, kind: Any = ORTTrainingArguments) -> Any:
 
 
 def tokenizer() -> Any:
-    from ort_train.tokenizer import make_tokenizer
+    from ort_train.data.tokenizer import make_tokenizer
 
     return make_tokenizer("some text to learn from " * 20, 300)
 

@@ -21,7 +21,7 @@ from trained_graphs import operators
 
 from ort_train import wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule import attention_kernels, onednn, packed_attention
+from ort_train.ortmodule.kernels import attention_kernels, onednn, packed_attention
 
 B, HEADS, KEY_HEADS, T, SIZE = 5, 4, 2, 24, 16
 

@@ -1,4 +1,4 @@
-"""ort_train.packing: samples that share a row train as each by itself would.
+"""ort_train.data.packing: samples that share a row train as each by itself would.
 
 Tolerances are those of test_architectures.py, for its reasons.
 """
@@ -15,15 +15,16 @@ import torch
 from architectures import ARCHITECTURES
 from test_architectures import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
-from ort_train import OrtOptions, backends, job, packing, wrap
+from ort_train import OrtOptions, backends, job, wrap
 from ort_train.config import DataConfig, ModelConfig, parse
+from ort_train.data import packing
+from ort_train.data.instructions import pad_batch
+from ort_train.data.packing import check_model, pack, packed_batch, plan_rows
+from ort_train.data.samples import make_samples
 from ort_train.errors import ConfigError, ModelError, UnsupportedModelError
 from ort_train.forward import taken_over
-from ort_train.instructions import pad_batch
 from ort_train.metrics import SparsityMeter
-from ort_train.packing import check_model, pack, packed_batch, plan_rows
 from ort_train.recipes import load_recipe
-from ort_train.samples import make_samples
 
 ROW = 24
 #: Lengths that fill rows of 24 tokens to the last, to all but one, and badly.

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from test_benchmark import STAND_IN
 
-from ort_train import bench_run, bench_turns
-from ort_train.bench_process import Worker
+from ort_train.bench import run as bench_run
+from ort_train.bench import turns as bench_turns
+from ort_train.bench.process import Worker
 from ort_train.recipes import load_recipe
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "packing.py"

@@ -1,4 +1,4 @@
-"""ort_train.inference.passes: graphs change as told, their numbers don't, whatever their size."""
+"""Graph passes: graphs change as told, their numbers don't, whatever their size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ort_train.cli import main
 from ort_train.errors import ConfigError, ModelError
-from ort_train.inference import drawing, onnx_files, optimize, passes
+from ort_train.inference import onnx_files
+from ort_train.inference.optimization import drawing, optimize, passes
 
 SIZE = 32
 GEMM_PASSES = ["fuse_transpose_into_gemm", "fuse_matmul_add_bias_into_gemm"]

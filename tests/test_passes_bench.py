@@ -14,8 +14,12 @@ pytest.importorskip("onnxoptimizer", reason="needs the extra inference")
 
 from ort_train.cli import main
 from ort_train.errors import ConfigError
-from ort_train.inference import passes, passes_bench, passes_models, passes_report, passes_run
-from ort_train.inference.passes_worker import Session
+from ort_train.inference.optimization import bench as passes_bench
+from ort_train.inference.optimization import models as passes_models
+from ort_train.inference.optimization import passes
+from ort_train.inference.optimization import report as passes_report
+from ort_train.inference.optimization import run as passes_run
+from ort_train.inference.optimization.worker import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 GEMM_PASSES = ["fuse_transpose_into_gemm", "fuse_matmul_add_bias_into_gemm"]

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from trained_graphs import graph_of, operators
 from transformers.pytorch_utils import Conv1D
 
-from ort_train import OrtOptions, decision, trial, wrap
+from ort_train import OrtOptions, decision, wrap
+from ort_train.auto import trial
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule import onednn, products
+from ort_train.ortmodule.kernels import onednn
+from ort_train.ortmodule.passes import products
 
 needs_onednn = pytest.mark.skipif(
     onednn.unavailable_reason() is not None, reason=str(onednn.unavailable_reason())

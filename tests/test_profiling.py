@@ -14,10 +14,11 @@ import pytest
 import torch
 from example_records import example, result
 
-from ort_train import OrtOptions, record, report, wrap
+from ort_train import OrtOptions, wrap
 from ort_train.errors import ConfigError
 from ort_train.ortmodule import profiling
-from ort_train.ortmodule.peak import peak_gflops
+from ort_train.ortmodule.kernels.peak import peak_gflops
+from ort_train.reports import record, report
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""ort_train.provenance: true of this machine, and fit to be published."""
+"""ort_train.reports.provenance: true of this machine, and fit to be published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ort_train import provenance
+from ort_train.reports import provenance
 
 
 def test_machine_and_versions_of_this_machine():

@@ -151,7 +151,7 @@ def plain_training(tiny_llama: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
-    from ort_train.tokenizer import make_tokenizer
+    from ort_train.data.tokenizer import make_tokenizer
 
     path = tmp_path_factory.mktemp("model") / "model"
     tiny_llama(vocab_size=512).save_pretrained(path)

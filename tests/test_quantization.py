@@ -14,11 +14,11 @@ import torch
 from ort_train import job, quantization
 from ort_train.adapters import apply_adapter, trainable_summary
 from ort_train.config import AdapterConfig, ModelConfig, RunConfig, parse
+from ort_train.data.tokenizer import make_tokenizer
 from ort_train.errors import ConfigError, ModelError
 from ort_train.models import load_model
 from ort_train.quantization import Quantization
 from ort_train.recipes import load_recipe
-from ort_train.tokenizer import make_tokenizer
 
 SIZES = {
     "hidden_size": 64,

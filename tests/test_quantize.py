@@ -14,9 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ort_train.cli import main
 from ort_train.errors import ConfigError, ExportError, ModelError
-from ort_train.inference import blockwise, export_model, load_folder
-from ort_train.inference.evaluate import compare, decoding_speed
-from ort_train.inference.quantize import Scheme, quantize_folder
+from ort_train.inference import export_model, load_folder
+from ort_train.inference.quantization import blockwise
+from ort_train.inference.quantization.evaluate import compare, decoding_speed
+from ort_train.inference.quantization.quantize import Scheme, quantize_folder
 
 K, N = 70, 24  # 70 inputs: the last block of 32 isn't full, and the blocks are odd in number
 IDS = np.random.default_rng(0).integers(0, 300, (3, 12))
@@ -98,7 +99,7 @@ def test_onnx_runtime_multiplies_by_what_is_stored(symmetric: bool, level: int) 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
     """An exported Llama whose logits depend on their tokens."""
-    from ort_train.tokenizer import make_tokenizer
+    from ort_train.data.tokenizer import make_tokenizer
 
     base = tmp_path_factory.mktemp("quantize")
     model = tiny_llama(vocab_size=300, initializer_range=0.1)

@@ -15,15 +15,11 @@ from trained_graphs import graph_of  # noqa: E402
 
 from ort_train import wrap  # noqa: E402
 from ort_train.errors import UnsupportedModelError  # noqa: E402
-from ort_train.ortmodule import (  # noqa: E402
-    OrtOptions,
-    layers_4bit,
-    memory,
-    onednn,
-    products,
-    quantized,
-)
-from ort_train.ortmodule.aten import operator_name  # noqa: E402
+from ort_train.ortmodule import OrtOptions  # noqa: E402
+from ort_train.ortmodule.export import layers_4bit  # noqa: E402
+from ort_train.ortmodule.kernels import memory, onednn  # noqa: E402
+from ort_train.ortmodule.kernels.aten import operator_name  # noqa: E402
+from ort_train.ortmodule.passes import products, quantized  # noqa: E402
 
 OPTIONS = OrtOptions(num_threads=1)
 # Relative; the sums of a product run in another order than eager's, which gives 2e-7 here.

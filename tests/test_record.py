@@ -9,9 +9,9 @@ import os
 import pytest
 from example_records import example
 
-from ort_train import record as records
 from ort_train.errors import OrtTrainError
-from ort_train.record import RecordError
+from ort_train.reports import record as records
+from ort_train.reports.record import RecordError
 
 
 def test_round_trip(tmp_path):

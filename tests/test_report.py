@@ -10,8 +10,8 @@ import pytest
 from example_records import broken, example, result
 from rich.console import Console
 
-from ort_train import report
-from ort_train.record import RecordError
+from ort_train.reports import report
+from ort_train.reports.record import RecordError
 
 
 def printed(record, width=200, terminal=True) -> str:

@@ -13,11 +13,11 @@ from decoders import FUSED, TRACED, make_decoder
 from transformers import AutoModelForCausalLM
 
 from ort_train.inference import export_model, load_folder
-from ort_train.inference.engines import ENGINES
-from ort_train.inference.generation_run import _distance
-from ort_train.inference.quantize import Scheme, quantize_folder
-from ort_train.inference.rounded import round_weight, write_rounded
-from ort_train.inference.session import DecoderSession
+from ort_train.inference.benchmark.engines import ENGINES
+from ort_train.inference.benchmark.run import _distance
+from ort_train.inference.generation.session import DecoderSession
+from ort_train.inference.quantization.quantize import Scheme, quantize_folder
+from ort_train.inference.quantization.rounded import round_weight, write_rounded
 
 #: Of accuracy level 0, where only the order of fp32 sums is another. What level 4 may be off by, as
 #: it rounds inputs to 8 bits, is in engines.py.

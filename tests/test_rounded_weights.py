@@ -14,7 +14,7 @@ from trained_graphs import operators
 
 from ort_train import OrtOptions, ORTTrainer, ORTTrainingArguments, accumulating, unwrap, wrap
 from ort_train.errors import ConfigError
-from ort_train.ortmodule import memory, onednn, rounded_weights
+from ort_train.ortmodule.kernels import memory, onednn, rounded_weights
 
 pytestmark = pytest.mark.skipif(
     not onednn.has_bf16(), reason="this CPU doesn't multiply in bf16: products are emulated, slowly"

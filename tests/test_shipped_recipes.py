@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from ort_train import job, run_folder
+from ort_train.data.tasks import auto_class
 from ort_train.recipes import list_recipes, load_recipe, state_gib
-from ort_train.tasks import auto_class
 
 pytestmark = pytest.mark.usefixtures("shared_graphs")
 

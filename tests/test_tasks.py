@@ -1,4 +1,4 @@
-"""ort_train.tasks: causal, masked and sequence-to-sequence models, from a recipe to its model."""
+"""Tasks: causal, masked and sequence-to-sequence models, from a recipe to its model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 import transformers
 from test_architectures import OPTIONS, assert_as_eager
 
-from ort_train import job, prune, tasks, wrap
-from ort_train.bench_worker import build
+from ort_train import job, prune, wrap
+from ort_train.bench.worker import build
 from ort_train.config import ModelConfig, RunConfig, parse
+from ort_train.data import tasks
+from ort_train.data.tokenizer import load_tokenizer, make_tokenizer
 from ort_train.errors import ConfigError, DataError, ModelError
 from ort_train.models import load_model
 from ort_train.plan import show
 from ort_train.recipes import load_recipe
-from ort_train.tokenizer import load_tokenizer, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("shared_graphs")
 

@@ -523,7 +523,7 @@ def test_resume_without_a_checkpoint(tiny_llama: MakeModel, tmp_path: Path):
 def test_other_backends(
     tiny_llama: MakeModel, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ):
-    from ort_train import trial
+    from ort_train.auto import trial
 
     monkeypatch.setattr(trial, "CONCRETE_BACKENDS", ("eager", "ort"))  # compiling takes long
     ours = ort_trainer(tiny_llama(), tmp_path / "a", backend=backend)
@@ -744,7 +744,7 @@ def auto_trainer(
     model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, fastest: str, **fields: Any
 ) -> ORTTrainer:
     """One whose trial finds a named candidate the fastest."""
-    from ort_train import trial
+    from ort_train.auto import trial
 
     monkeypatch.setattr(trial, "CONCRETE_BACKENDS", ("eager", "ort"))  # compiling takes long
     monkeypatch.setattr(
@@ -759,7 +759,7 @@ def auto_trainer(
 def test_precision_auto_trains_and_evaluates_in_bf16(
     tiny_llama: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from ort_train import trial
+    from ort_train.auto import trial
 
     monkeypatch.setattr(trial, "no_bf16", lambda device_type: None)
     ours = auto_trainer(tiny_llama(), tmp_path / "a", monkeypatch, "eager bf16", precision="auto")

@@ -22,9 +22,10 @@ from trained_graphs import manager_of
 
 from ort_train import wrap
 from ort_train.errors import BackendUnavailableError, ConfigError
-from ort_train.ortmodule import OrtOptions, triton_kernels
-from ort_train.ortmodule.triton_config import FusionConfig, read_config, supported_ops
-from ort_train.ortmodule.triton_fusion import session_graph, subgraphs
+from ort_train.ortmodule import OrtOptions
+from ort_train.ortmodule.triton import kernels as triton_kernels
+from ort_train.ortmodule.triton.config import FusionConfig, read_config, supported_ops
+from ort_train.ortmodule.triton.fusion import session_graph, subgraphs
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton (248 MB): make test-triton")

@@ -8,7 +8,7 @@ import torch
 
 from ort_train.backends import ort_forward
 from ort_train.forward import taken_over
-from ort_train.ortmodule.aten import operator_name
+from ort_train.ortmodule.kernels.aten import operator_name
 
 
 def forward_of(module: torch.nn.Module) -> Any:

@@ -32,7 +32,7 @@ def interpret(path: Path) -> dict[str, Any]:
     """Every configuration that autotuning would choose from, one after another."""
     from triton.runtime.autotuner import Autotuner
 
-    from ort_train.ortmodule import triton_kernels
+    from ort_train.ortmodule.triton import kernels as triton_kernels
 
     model, inputs = load(path)
     function = triton_kernels.generate(model, [list(t.shape) for t in inputs])
@@ -81,7 +81,7 @@ def compile_all(path: Path) -> dict[str, Any]:
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    from ort_train.ortmodule import triton_kernels
+    from ort_train.ortmodule.triton import kernels as triton_kernels
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 

@@ -18,8 +18,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
-from ort_train import distributed, packing, quantization
-from ort_train.batches import IGNORED_LABEL
+from ort_train import distributed, quantization
+from ort_train.data import packing
+from ort_train.data.batches import IGNORED_LABEL
 from ort_train.trainer import ORTTrainer, ORTTrainingArguments
 
 VOCAB, TOKENS, SAMPLES, GLOBAL_BATCH = 300, 32, 32, 8

@@ -10,17 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "OrtGenerator": "ort_train.inference.generate",
-    "export_model": "ort_train.inference.export",
+    "OrtGenerator": "ort_train.inference.generation.generate",
+    "export_model": "ort_train.inference.decoder.export",
     "load_folder": "ort_train.inference.folder",
 }
 
 __all__ = ["OrtGenerator", "export_model", "load_folder"]
 
 if TYPE_CHECKING:
-    from ort_train.inference.export import export_model
+    from ort_train.inference.decoder.export import export_model
     from ort_train.inference.folder import load_folder
-    from ort_train.inference.generate import OrtGenerator
+    from ort_train.inference.generation.generate import OrtGenerator
 
 
 def __getattr__(name: str) -> Any:

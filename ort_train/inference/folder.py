@@ -142,7 +142,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from ort_train.tokenizer import knows_text
+    from ort_train.data.tokenizer import knows_text
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not knows_text(tokenizer):

@@ -45,7 +45,7 @@ def make_rows(
         ConfigError: overrides of anything but data, or wrong ones.
         DataError: there is no such text.
     """
-    from ort_train.data import load_corpus, make_blocks
+    from ort_train.data.corpora import load_corpus, make_blocks
 
     if model.info.max_positions is not None:
         length = min(length, model.info.max_positions)

@@ -14,31 +14,21 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule import (
+from ort_train.ortmodule import upstream
+from ort_train.ortmodule.cache import cached_graph, export_cache, trace_key
+from ort_train.ortmodule.cache.constants import Constants, PlainAttributes
+from ort_train.ortmodule.cache.described import UndescribableError
+from ort_train.ortmodule.call import CallSchema
+from ort_train.ortmodule.explain import explained
+from ort_train.ortmodule.export import (
     attention,
-    attention_kernels,
-    cached_graph,
-    embeddings,
-    export_cache,
     gradients,
-    graph_passes,
     layers_4bit,
-    memory,
-    openmp,
-    products,
-    quantized,
-    sparsity,
     stop_gradient,
     symbolics,
-    trace_key,
     transformers_compat,
-    upstream,
 )
-from ort_train.ortmodule.call import CallSchema
-from ort_train.ortmodule.constants import Constants, PlainAttributes
-from ort_train.ortmodule.described import UndescribableError
-from ort_train.ortmodule.explain import explained
-from ort_train.ortmodule.graph_module import (
+from ort_train.ortmodule.export.graph_module import (
     MODULE_PREFIX,
     GraphModule,
     buffers_kept,
@@ -46,9 +36,12 @@ from ort_train.ortmodule.graph_module import (
     training_flags_kept,
     without_checkpointing,
 )
+from ort_train.ortmodule.kernels import attention_kernels, memory, openmp
 from ort_train.ortmodule.module_state import ModuleState
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.ort_module import construct, recomputes
+from ort_train.ortmodule.passes import embeddings, graph_passes, products, quantized
+from ort_train.ortmodule.sparse import sparsity
 
 logger = logging.getLogger(__name__)
 

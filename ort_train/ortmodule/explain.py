@@ -50,7 +50,7 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
     return UnsupportedModelError(
         f"{who}: {what}{_summary(error, text, operator)}. Train it with backend='compile' or "
         "'eager', or with backend='auto', which takes the fastest that can; a missing operator can "
-        "be added in ort_train/ortmodule/symbolics.py"
+        "be added in ort_train/ortmodule/export/symbolics.py"
     )
 
 

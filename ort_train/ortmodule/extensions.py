@@ -99,7 +99,7 @@ inline void keep_error() {
   auto error = py::reinterpret_steal<py::object>(value);
   Py_XDECREF(type);
   Py_XDECREF(traceback);
-  py::module_::import("ort_train.ortmodule.aten").attr("keep_error")(error);
+  py::module_::import("ort_train.ortmodule.kernels.aten").attr("keep_error")(error);
 }
 // Upstream reports to stderr what is no error, and errors that are raised besides.
 inline std::ostream& silence() {

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule import onednn
 from ort_train.ortmodule.call import (
     CallSchema,
     describe_call,
@@ -24,10 +23,11 @@ from ort_train.ortmodule.call import (
 )
 from ort_train.ortmodule.deferred import deferred
 from ort_train.ortmodule.engine import Engine
+from ort_train.ortmodule.kernels import onednn
+from ort_train.ortmodule.kernels.rounded_weights import RoundedWeights
 from ort_train.ortmodule.module_state import StateReader, forward_hooks
 from ort_train.ortmodule.options import OrtOptions
-from ort_train.ortmodule.rounded_weights import RoundedWeights
-from ort_train.ortmodule.sparsity import Savings
+from ort_train.ortmodule.sparse.sparsity import Savings
 
 logger = logging.getLogger(__name__)
 

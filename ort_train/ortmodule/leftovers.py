@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from ort_train.ortmodule import memory
+from ort_train.ortmodule.kernels import memory
 
 
 def release(manager: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ort_train.errors import ConfigError
 from ort_train.near import did_you_mean
-from ort_train.ortmodule.triton_config import config_problems
+from ort_train.ortmodule.triton.config import config_problems
 
 LogLevelName = Literal["verbose", "info", "warning", "error", "fatal"]
 _LOG_LEVELS = ("verbose", "info", "warning", "error", "fatal")

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ort_train.ortmodule import (
-    backward,
-    cuda,
-    leftovers,
-    output_gradients,
-    session,
-    triton_kernels,
-    upstream,
-)
-from ort_train.ortmodule.graph_module import GraphModule
+from ort_train.ortmodule import backward, cuda, leftovers, session, upstream
+from ort_train.ortmodule.export.graph_module import GraphModule
 from ort_train.ortmodule.options import OrtOptions
+from ort_train.ortmodule.passes import output_gradients
+from ort_train.ortmodule.triton import kernels as triton_kernels
 
 
 def recomputes(options: OrtOptions) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ort_train.forward import taken_over
-from ort_train.ortmodule.aten import operator_name
+from ort_train.ortmodule.kernels.aten import operator_name
 
 _SUFFIX = "_kernel_time"
 PRODUCTS = "matrix_products"

@@ -25,8 +25,9 @@ import torch
 import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError, UnsupportedModelError
-from ort_train.ortmodule import aten, attention_kernels, exporter, functions, stop_gradient
 from ort_train.ortmodule.explain import explained
+from ort_train.ortmodule.export import exporter, functions, stop_gradient
+from ort_train.ortmodule.kernels import aten, attention_kernels
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.patching import replaced
 

@@ -1,6 +1,6 @@
 """`ort-train bench-diffusion`: images by ONNX Runtime and by PyTorch, over batch sizes and steps.
 
-What runs is decided here; `bench_worker.py` draws, `bench_turns.py` takes the engines in turns.
+What runs is decided here; `bench/worker.py` draws, `bench/turns.py` takes the engines in turns.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ort_train import provenance
-from ort_train import record as records
-from ort_train.bench_options import add_outputs, numbers, output_problems, show_and_save, words
-from ort_train.bench_process import Worker
-from ort_train.bench_turns import CaseRun, paired_ratios, short, spread, take_turns
+from ort_train.bench.options import add_outputs, numbers, output_problems, show_and_save, words
+from ort_train.bench.parity import finite
+from ort_train.bench.process import Worker
+from ort_train.bench.turns import CaseRun, paired_ratios, short, spread, take_turns
 from ort_train.errors import ConfigError
 from ort_train.inference.diffusion.folder import PipelineFolder, PipelineInfo, read_index
 from ort_train.inference.folder import INFO_FILE
-from ort_train.inference.session import default_num_threads
-from ort_train.parity import finite
+from ort_train.inference.generation.session import default_num_threads
+from ort_train.reports import provenance
+from ort_train.reports import record as records
 
 ENGINES = ("eager", "compile", "ort")
 REFERENCE = "eager"
@@ -227,9 +227,9 @@ def _exported(
     source: Path, exported: str | Path | None, tell: Callable[[str], None]
 ) -> tuple[PipelineInfo, Path]:
     """The exported pipeline, made beside the source if it is missing."""
+    from ort_train.inference.benchmark.exports import folder_for
     from ort_train.inference.diffusion.export import export_pipeline
     from ort_train.inference.diffusion.folder import read_exported
-    from ort_train.inference.exports import folder_for
 
     if exported is not None:
         return read_exported(exported)[1], Path(exported).expanduser()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ort_train.bench_serve import peak_resident_gib, serve
+from ort_train.bench.serve import peak_resident_gib, serve
 
 PROMPT = "a lighthouse on a cliff"
 _SEED = 0

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ort_train import provenance
 from ort_train.errors import ExportError
 from ort_train.inference import folder as folders
 from ort_train.inference.diffusion import parts
@@ -26,6 +25,7 @@ from ort_train.inference.diffusion.folder import (
     part_folder,
     read_index,
 )
+from ort_train.reports import provenance
 
 #: Largest difference to PyTorch, as a share of the output's largest value. 24 bits of mantissa
 #: round to 6e-8; other orders of summation through some hundred layers make that 1e-6 (SD-Turbo's

@@ -1,0 +1,1 @@
+"""`backend="auto"`: the first real batches decide what runs the others."""

@@ -1,0 +1,1 @@
+"""Measuring backends side by side, each in a fresh process: what `ort-train bench` does."""

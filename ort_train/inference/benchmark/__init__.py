@@ -1,0 +1,1 @@
+"""Prompts and generation by several engines, held against eager: `ort-train bench-inference`."""

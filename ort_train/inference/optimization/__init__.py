@@ -1,0 +1,1 @@
+"""Graph passes on a model on disk, and what they bring."""

@@ -1,0 +1,92 @@
+"""Exported models in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from ort_train.errors import ModelError
+from ort_train.inference import onnx_files
+from ort_train.inference.decoder.graph import DataWriter
+from ort_train.inference.quantization.products import LayerReport, WeightError, select_products
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def write_half(
+    model: ModelProto, source: Path, folder: Path, exclude: Sequence[str]
+) -> tuple[list[LayerReport], list[str]]:
+    """Write a model with half precision inside; its inputs and outputs stay as they are.
+
+    onnxruntime's converter sees large weights as inputs.
+
+    Args:
+        model: a graph in fp32, which is changed.
+        source: the folder of its weights.
+        folder: of the files to be written.
+        exclude: patterns (fnmatch) of nodes that stay in fp32.
+
+    Returns:
+        What rounding did to the products' weights; the products that were left out.
+
+    Raises:
+        ModelError: a weight isn't float32, or has no place in fp16; or see `select_products`.
+    """
+    from onnx import TensorProto, helper
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    graph = model.graph
+    products, left_out = select_products(graph, exclude)
+    by_weight = {product.weight.name: product for product in products}
+    interface = [value.name for value in (*graph.input, *graph.output)]
+    outer = {}
+    inner = []
+    for tensor in graph.initializer:
+        large = tensor.data_location == TensorProto.EXTERNAL
+        if large and tensor.data_type == TensorProto.FLOAT:
+            outer[tensor.name] = tensor
+            value = helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, tensor.dims)
+            graph.input.append(value)
+        elif large:
+            raise ModelError(f"weight {tensor.name} is no float32: export the model again")
+        else:
+            inner.append(tensor)
+    onnx_files.replace_initializers(model, inner)
+    half = convert_float_to_float16(
+        model,
+        keep_io_types=interface,
+        disable_shape_infer=True,
+        node_block_list=left_out or None,
+    )
+    graph = half.graph
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.input if v.name in outer}
+    inputs = [value for value in graph.input if value.name not in outer]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    layers = []
+    tensors = list(graph.initializer)
+    with DataWriter(folder / onnx_files.DATA_FILE) as writer:
+        for name, tensor in tqdm(outer.items(), desc="Halving", delay=1, leave=False):
+            array = onnx_files.read_array(tensor, source)
+            if types[name] != TensorProto.FLOAT16:
+                tensors.append(writer.tensor(name, array))
+                continue
+            narrow = array.astype(np.float16)
+            if not np.isfinite(narrow).all():
+                raise ModelError(
+                    f"weight {name} exceeds fp16's largest number 65504: use int8 or int4"
+                )
+            tensors.append(writer.tensor(name, narrow))
+            if (product := by_weight.get(name)) is not None:
+                error = WeightError()
+                error.add(array, narrow.astype(np.float32))
+                shape = (product.num_inputs, product.num_outputs)
+                layers.append(error.report(product.node.name, shape))
+    onnx_files.replace_initializers(half, tensors)
+    onnx_files.save_graph(half, folder / onnx_files.MODEL_FILE)
+    return layers, left_out

@@ -1,0 +1,1 @@
+"""Built graphs on disk, and what they depend on."""

@@ -1,0 +1,1 @@
+"""From a module to an ONNX graph: torch's exporter, and what it lacks or gets wrong."""

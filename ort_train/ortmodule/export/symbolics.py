@@ -1,0 +1,411 @@
+"""Symbolic functions for operators that ORTModule's exporter lacks or gets wrong at opset 17.
+
+Each is registered for one export only, after upstream's own (`_custom_op_symbolic_registry.py` of
+onnxruntime-training 1.19.2), and taken back with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import string
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ort_train.ortmodule.export import stop_gradient
+from ort_train.ortmodule.export.attention import scaled_dot_product_attention
+from ort_train.ortmodule.export.exporter import exporter_module
+from ort_train.ortmodule.export.nodes import (
+    aten,
+    constant,
+    dtype_of,
+    expanded,
+    ints,
+    is_none,
+    none,
+    onnx_type,
+    rank_of,
+    scalar,
+    sizes_of,
+    typed,
+    unsupported,
+)
+from ort_train.ortmodule.passes.activations import gelu
+
+_END = 2**63 - 1  # in Slice: to the end of the axis
+_SYMBOLICS: dict[str, Callable[..., Any]] = {}
+
+
+def register(opset: int) -> None:
+    """Register all of them with the TorchScript exporter."""
+    for name, function in _SYMBOLICS.items():
+        torch.onnx.register_custom_op_symbolic(name, function, opset)
+
+
+def _symbolic(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            _SYMBOLICS[f"aten::{name}" if "::" not in name else name] = function
+        return function
+
+    return keep
+
+
+def _upstream(name: str) -> Callable[..., Any]:
+    """ORTModule's own symbolic function of an operator."""
+    package = "onnxruntime.training.ortmodule"
+    registry = importlib.import_module(f"{package}._custom_op_symbolic_registry")
+    return registry.CustomOpSymbolicRegistry._SYMBOLICS[name]
+
+
+@_symbolic("detach")
+def _detach(g: Any, input: Any) -> Any:
+    if not dtype_of(input).is_floating_point:
+        return input
+    return typed(aten(g, stop_gradient.OPERATOR, input), input, sizes_of(input))
+
+
+# --- Normalization
+
+
+@_symbolic("layer_norm")
+def _layer_norm(
+    g: Any, input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any, cudnn_enable: Any
+) -> Any:
+    """Upstream leaves an absent weight or bias out, which ONNX Runtime's gradient builder turns
+    into `Duplicate definition of name (_grad)`; torch's own has one output, training needs three.
+    """
+    shape = constant(normalized_shape, "is", "normalized_shape")
+    dtype = dtype_of(input)
+    if is_none(weight):
+        weight = g.op("Constant", value_t=torch.ones(shape, dtype=dtype))
+    if is_none(bias):
+        bias = g.op("Constant", value_t=torch.zeros(shape, dtype=dtype))
+    output, _, _ = g.op(
+        "LayerNormalization",
+        input,
+        weight,
+        bias,
+        epsilon_f=constant(eps, "f", "eps"),
+        axis_i=-len(shape),
+        outputs=3,
+    )
+    return output
+
+
+@_symbolic("batch_norm")
+def _batch_norm(
+    g: Any,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    variance: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+    cudnn_enabled: Any,
+) -> Any:
+    """In single steps: in a training graph ONNX Runtime normalizes by the batch, in eval mode too
+    (`bn_replacement.cc` turns every BatchNormalization into BatchNormInternal).
+    """
+    rank = rank_of(input, "batch_norm")
+    per_channel = ints(g, 1, -1, *[1] * (rank - 2))
+    if constant(training, "b", "training") or is_none(mean):
+        axes = [axis for axis in range(rank) if axis != 1]
+        centered = g.op("Sub", input, g.op("ReduceMean", input, axes_i=axes, keepdims_i=1))
+        square = g.op("Mul", centered, centered)
+        variance = g.op("ReduceMean", square, axes_i=axes, keepdims_i=1)
+    else:
+        centered = g.op("Sub", input, g.op("Reshape", mean, per_channel))
+        variance = g.op("Reshape", variance, per_channel)
+    epsilon = scalar(g, constant(eps, "f", "eps"), dtype_of(input))
+    output = g.op("Div", centered, g.op("Sqrt", g.op("Add", variance, epsilon)))
+    if not is_none(weight):
+        output = g.op("Mul", output, g.op("Reshape", weight, per_channel))
+    if not is_none(bias):
+        output = g.op("Add", output, g.op("Reshape", bias, per_channel))
+    return output
+
+
+@_symbolic("rms_norm")
+def _rms_norm(
+    g: Any, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None
+) -> Any:
+    dtype = dtype_of(input)
+    axes = list(range(-len(constant(normalized_shape, "is", "normalized_shape")), 0))
+    square = g.op("ReduceMean", g.op("Mul", input, input), axes_i=axes, keepdims_i=1)
+    epsilon = torch.finfo(dtype).eps if is_none(eps) else constant(eps, "f", "eps")
+    root = g.op("Sqrt", g.op("Add", square, scalar(g, epsilon, dtype)))
+    output = g.op("Mul", input, g.op("Reciprocal", root))
+    return output if is_none(weight) else g.op("Mul", output, weight)
+
+
+# --- Convolution
+
+
+@_symbolic("_convolution")
+def _convolution(
+    g: Any,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: Any,
+    output_padding: Any,
+    groups: Any,
+    *_flags: Any,
+) -> Any:
+    """By torch: ONNX Runtime's ConvGrad on the CPU returns wrong gradients for grouped weights."""
+    settings = (stride, padding, dilation, transposed, output_padding, groups)
+    rank = rank_of(weight, "_convolution")
+    output = aten(g, "convolution", input, weight, none(g), *settings)
+    typed(output, input, [None] * rank)
+    if is_none(bias):
+        return output
+    return g.op("Add", output, g.op("Reshape", bias, ints(g, 1, -1, *[1] * (rank - 2))))
+
+
+# --- Arithmetic
+
+
+@_symbolic("div")
+def _div(g: Any, self: Any, other: Any, *rounding_mode: Any) -> Any:
+    """Divided by a scalar: as a product, because ONNX Runtime fuses sums of such quotients into
+    ScaledSum (`scaled_sum_fusion.cc`), which has no kernel on the CPU, and gives all their outputs
+    one name.
+    """
+    is_quotient = all(map(is_none, rounding_mode)) and dtype_of(self).is_floating_point
+    if is_quotient and sizes_of(other) == [] and sizes_of(self) != []:
+        divisor = g.op("Cast", other, to_i=onnx_type(dtype_of(self)))
+        return g.op("Mul", self, g.op("Reciprocal", divisor))
+    return exporter_module("symbolic_opset10").div(g, self, other, *rounding_mode)
+
+
+@_symbolic("softplus")
+def _softplus(g: Any, self: Any, beta: Any = 1, threshold: Any = 20) -> Any:
+    """ONNX Runtime has no gradient of Softplus. Above the threshold both forms are the identity."""
+    dtype = dtype_of(self)
+    factor = float(constant(beta, "f", "beta"))
+    scaled = g.op("Mul", self, scalar(g, factor, dtype))
+    tail = g.op("Exp", g.op("Neg", g.op("Abs", scaled)))
+    log = g.op("Log", g.op("Add", tail, scalar(g, 1, dtype)))
+    result = g.op("Add", g.op("Relu", scaled), log)
+    return result if factor == 1 else g.op("Mul", result, scalar(g, 1 / factor, dtype))
+
+
+@_symbolic("expm1")
+def _expm1(g: Any, self: Any) -> Any:
+    """tanh(x/2)·(eˣ + 1), which is as exact near 0 as elsewhere."""
+    dtype = dtype_of(self)
+    half = g.op("Tanh", g.op("Mul", self, scalar(g, 0.5, dtype)))
+    return g.op("Mul", half, g.op("Add", g.op("Exp", self), scalar(g, 1, dtype)))
+
+
+@_symbolic("einsum")
+def _einsum(g: Any, equation: Any, tensors: Any, path: Any = None) -> Any:
+    """With "..." written out: upstream leaves such an equation to Einsum, which has no gradient."""
+    text = constant(equation, "s", "equation").replace(" ", "")
+    if "..." in text:
+        inputs, _, output = text.partition("->")
+        values = exporter_module("symbolic_helper")._unpack_list(tensors)
+        ranks = [
+            rank_of(value, "einsum") - len(labels.replace("...", ""))
+            for labels, value in zip(inputs.split(","), values, strict=True)
+            if "..." in labels
+        ]
+        if len(set(ranks)) != 1 or not output:
+            raise unsupported("einsum", f"the equation {text!r}")
+        free = [letter for letter in string.ascii_letters if letter not in text]
+        text = text.replace("...", "".join(free[: ranks[0]]))
+        equation = g.op("Constant", value_s=text)
+    return _upstream("::einsum")(g, equation, tensors, path)
+
+
+@_symbolic("bitwise_and", "__and_")
+def _bitwise_and(g: Any, self: Any, other: Any) -> Any:
+    """ONNX has it from opset 18 on; until then And for masks, and torch for integers."""
+    dtypes = {dtype_of(self), dtype_of(other)}
+    if len(dtypes) > 1:
+        raise unsupported("bitwise_and", f"operands of {' and '.join(sorted(map(str, dtypes)))}")
+    if dtypes == {torch.bool}:
+        return g.op("And", self, other)
+    return aten(g, "bitwise_and", self, other, overload="Tensor")
+
+
+# --- Loss
+
+
+@_symbolic("cross_entropy_loss")
+def _cross_entropy_loss(
+    g: Any,
+    self: Any,
+    target: Any,
+    weight: Any,
+    reduction: Any,
+    ignore_index: Any,
+    label_smoothing: Any = 0.0,
+) -> Any:
+    """The mean over no label is NaN; ONNX Runtime's kernel returns 0."""
+    arguments = (self, target, weight, reduction, ignore_index, label_smoothing)
+    loss = _upstream("::cross_entropy_loss")(g, *arguments)
+    if constant(reduction, "i", "reduction") != 1:
+        return loss
+    counts = g.op("Not", g.op("Equal", target, ignore_index))
+    num_counted = g.op("ReduceSum", g.op("Cast", counts, to_i=onnx_type(torch.int64)), keepdims_i=0)
+    dtype = dtype_of(loss)
+    is_empty = g.op("Equal", num_counted, scalar(g, 0, torch.int64))
+    nothing = g.op("Where", is_empty, scalar(g, float("nan"), dtype), scalar(g, 0, dtype))
+    return typed(g.op("Add", loss, nothing), loss, [])
+
+
+# --- Shapes
+
+
+@_symbolic("repeat_interleave")
+def _repeat_interleave(
+    g: Any, self: Any, repeats: Any, dim: Any = None, output_size: Any = None
+) -> Any:
+    """torch's own makes a Loop over a sequence, whose shape upstream can't infer."""
+    counts = constant(repeats, "t", "repeats of repeat_interleave").reshape(-1)
+    if counts.numel() != 1:
+        raise unsupported("repeat_interleave", "a different number of repeats for each entry")
+    count = int(counts)
+    if is_none(dim):
+        self, rank, axis = g.op("Reshape", self, ints(g, -1)), 1, 0
+    else:
+        rank = rank_of(self, "repeat_interleave")
+        axis = constant(dim, "i", "dim") % rank
+    copies = g.op("Unsqueeze", self, ints(g, axis + 1))
+    repeated = g.op("Concat", *[copies] * count, axis_i=axis + 1) if count > 1 else copies
+    shape = g.op("Shape", self)
+    kept = [g.op("Slice", shape, ints(g, a), ints(g, b)) for a, b in ((0, axis), (axis + 1, rank))]
+    merged = g.op("Concat", kept[0], ints(g, -1), kept[1], axis_i=0)
+    output = g.op("Reshape", repeated, merged)
+    sizes = sizes_of(self)
+    if sizes is None:
+        return output
+    size = sizes[axis]
+    size = None if size is None else size * count
+    return typed(output, self, [*sizes[:axis], size, *sizes[axis + 1 :]])
+
+
+@_symbolic("prim::ConstantChunk")
+def _chunk(g: Any, self: Any, chunks: int, dim: int) -> Any:
+    """Upstream's computes the sizes in the graph, so the parts keep the traced batch's shape as
+    their type, and the exporter folds their sizes into constants of that batch.
+    """
+    if chunks == 1:
+        return self
+    sizes = sizes_of(self)
+    if sizes is None:
+        raise unsupported("chunk", "an input of unknown rank")
+    before, size, after = sizes[: dim % len(sizes)], sizes[dim], sizes[dim % len(sizes) + 1 :]
+    if size is None:
+        parts = _upstream("prim::ConstantChunk")(g, self, chunks, dim)
+        return [typed(part, self, [*before, None, *after]) for part in parts]
+    lengths = [len(part) for part in torch.arange(size).chunk(chunks)]
+    parts = g.op("Split", self, ints(g, *lengths), axis_i=dim, outputs=len(lengths))
+    return [
+        typed(part, self, [*before, length, *after])
+        for part, length in zip(parts, lengths, strict=True)
+    ]
+
+
+@_symbolic("cumsum")
+def _cumsum(g: Any, self: Any, dim: Any, dtype: Any = None) -> Any:
+    """torch's own passes booleans on, which ONNX can't sum."""
+    if not is_none(dtype):
+        result_type = exporter_module("_type_utils").JitScalarType(constant(dtype, "i", "dtype"))
+        self = g.op("Cast", self, to_i=result_type.onnx_type())
+    elif not dtype_of(self).is_floating_point:
+        self = g.op("Cast", self, to_i=onnx_type(torch.int64))
+    return g.op("CumSum", self, scalar(g, constant(dim, "i", "dim"), torch.int64))
+
+
+@_symbolic("diff")
+def _diff(
+    g: Any, self: Any, n: Any = 1, dim: Any = -1, prepend: Any = None, append: Any = None
+) -> Any:
+    rank = rank_of(self, "diff")
+    axis = constant(dim, "i", "dim") % rank
+    parts = [part for part in (prepend, self, append) if not is_none(part)]
+    values = g.op("Concat", *parts, axis_i=axis) if len(parts) > 1 else self
+    is_bool = dtype_of(self) is torch.bool
+    for _ in range(constant(n, "i", "n")):
+        later = g.op("Slice", values, ints(g, 1), ints(g, _END), ints(g, axis))
+        earlier = g.op("Slice", values, ints(g, 0), ints(g, -1), ints(g, axis))
+        values = g.op("Xor" if is_bool else "Sub", later, earlier)
+    return values
+
+
+@_symbolic("where")
+def _where(g: Any, condition: Any, self: Any = None, other: Any = None, _output: Any = None) -> Any:
+    """ONNX Runtime's gradient of Where (`gradient_builder.cc`, GetWhereGradient) is not summed over
+    broadcast axes: a learned bias under a padding mask got a gradient of the mask's shape.
+    """
+    if self is None:
+        raise unsupported("where", "a condition only: its result's shape depends on the batch")
+    if dtype_of(condition) is not torch.bool:
+        condition = g.op("Cast", condition, to_i=onnx_type(torch.bool))
+    chosen = [expanded(g, value, condition, self, other) for value in (self, other)]
+    return g.op("Where", condition, *chosen)
+
+
+@_symbolic("index_add")
+def _index_add(g: Any, self: Any, dim: Any, index: Any, source: Any, alpha: Any = None) -> Any:
+    """torch's own writes one of the slices that have the same index, and says so in a warning."""
+    rank, source_rank = rank_of(self, "index_add"), rank_of(source, "index_add")
+    if rank != source_rank:
+        raise unsupported("index_add", f"{source_rank} axes added to {rank}")
+    total = typed(aten(g, "ort_train::index_sum", source, dim, index, self), self, sizes_of(self))
+    factor = 1 if alpha is None or is_none(alpha) else constant(alpha, "f", "alpha")
+    if factor != 1:
+        total = g.op("Mul", total, scalar(g, factor, dtype_of(self)))
+    return g.op("Add", self, total)
+
+
+@_symbolic("index_put", "index_put_")
+def _index_put(g: Any, self: Any, indices: Any, values: Any, accumulate: Any = False) -> Any:
+    """torch's own writes one of the values that have the same index, where they are to be added."""
+    if not constant(accumulate, "b", "accumulate"):
+        return exporter_module("symbolic_opset11").index_put(g, self, indices, values, accumulate)
+    (index, *others) = exporter_module("symbolic_helper")._unpack_list(indices)
+    is_rows = not others and sizes_of(index) is not None and len(sizes_of(index) or []) == 1
+    if not is_rows or rank_of(values, "index_put") != rank_of(self, "index_put"):
+        raise unsupported("index_put", "accumulate and other than one index of the first axis")
+    return _index_add(g, self, scalar(g, 0, torch.int64), index, values)
+
+
+# --- Activation, attention and experts
+
+
+_symbolic("gelu")(gelu)
+_symbolic("scaled_dot_product_attention")(scaled_dot_product_attention)
+
+
+@_symbolic("ort_train::grouped_linear")
+def _grouped_linear(g: Any, input: Any, weight: Any, offsets: Any, is_transposed: Any) -> Any:
+    output = aten(g, "ort_train::grouped_linear", input, weight, offsets, is_transposed)
+    weight_sizes = sizes_of(weight)
+    axis = 2 if constant(is_transposed, "b", "is_transposed") else 1
+    return typed(output, input, [None, weight_sizes[axis] if weight_sizes else None])
+
+
+@_symbolic("ort_train::split_groups")
+def _split_groups(g: Any, input: Any, sizes: Any, num_groups: Any) -> Any:
+    num_parts = constant(num_groups, "i", "num_groups")
+    parts = g.op("Split", input, sizes, axis_i=0, outputs=num_parts)
+    parts = parts if num_parts > 1 else [parts]
+    width = (sizes_of(input) or [None, None])[1:]
+    return g.op("prim::ListConstruct", *(typed(part, input, [None, *width]) for part in parts))
+
+
+@_symbolic("histc")
+def _histc(g: Any, self: Any, bins: Any, min: Any, max: Any) -> Any:
+    """Counts the tokens of each expert."""
+    output = aten(g, "histc", self, bins, min, max)
+    return typed(output, self, [constant(bins, "i", "bins")])

@@ -1,0 +1,1 @@
+"""What is done to a finished training graph, before it is run; `graph_passes` lists it in order."""

@@ -1,0 +1,176 @@
+"""An onnx.GraphProto: what connects its nodes and is known of its values; what every finished
+training graph needs before it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN, operator_name, rename_operator
+
+#: A size, or the name of one that differs between batches; 0 where not even that is known.
+Dim = int | str
+Shape = list[Dim]
+
+#: Between the operators of one gradient node, each of which computes one of its outputs.
+SEPARATOR = "|"
+
+
+class GraphIndex:
+    """Look-ups in a graph as it was when the index was made.
+
+    Args:
+        graph: onnx.GraphProto.
+
+    Attributes:
+        producers: the node that computes a value, by its name.
+        reads: who reads a value: nodes and the positions of their inputs, in the graph's order.
+        outputs: names of the graph's outputs.
+        initializers: onnx.TensorProto by name.
+        infos: onnx.ValueInfoProto by name.
+        types: onnx.TensorProto.DataType by name.
+        shapes: of values and initializers whose rank is known, by name.
+    """
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self.producers: dict[str, Any] = {}
+        self.reads: dict[str, list[tuple[Any, int]]] = {}
+        for node in graph.node:
+            for name in filter(None, node.output):
+                self.producers[name] = node
+            for position, name in enumerate(node.input):
+                if name:
+                    self.reads.setdefault(name, []).append((node, position))
+        self.outputs = {info.name for info in graph.output}
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.infos = {info.name: info for info in (*graph.value_info, *graph.input, *graph.output)}
+        self.types: dict[str, int] = {}
+        self.shapes: dict[str, Shape] = {
+            name: list(tensor.dims) for name, tensor in self.initializers.items()
+        }
+        for name, info in self.infos.items():
+            kind = info.type.tensor_type
+            self.types[name] = kind.elem_type
+            if kind.HasField("shape"):
+                self.shapes[name] = [d.dim_param or d.dim_value for d in kind.shape.dim]
+
+    def consumers(self, name: str) -> list[Any]:
+        """The nodes that read a value, each once."""
+        return list({id(node): node for node, _ in self.reads.get(name, ())}.values())
+
+    def num_reads(self, name: str) -> int:
+        """How often nodes read a value; one may do so twice."""
+        return len(self.reads.get(name, ()))
+
+    def constant(self, name: str) -> Any:
+        """The value of a Constant as an array, also behind nodes that only shape it; else None.
+
+        Initializers aren't among them: those of an exported graph are parameters and buffers.
+        """
+        node = self.producers.get(name)
+        if node is None:
+            return None
+        if node.op_type == "Constant":
+            return constant_value(node)
+        if node.op_type not in ("Unsqueeze", "Squeeze", "Identity", "Cast", "Concat", "Reshape"):
+            return None
+        values = [self.constant(each) for each in node.input]
+        if any(value is None for value in values):
+            return None
+        if node.op_type == "Concat":
+            return np.concatenate([np.atleast_1d(value) for value in values])
+        return np.asarray(values[0]).reshape(-1) if node.op_type != "Cast" else values[0]
+
+    def ancestors(self, name: str) -> set[str]:
+        """Everything that a value is computed of, itself included."""
+        seen = {name}
+        stack = [name]
+        while stack:
+            node = self.producers.get(stack.pop())
+            for each in node.input if node is not None else ():
+                if each and each not in seen:
+                    seen.add(each)
+                    stack.append(each)
+        return seen
+
+
+def inputs_of(node: Any) -> Iterator[str]:
+    """What a node reads, and what is read in its branches and loops."""
+    yield from filter(None, node.input)
+    for each in node.attribute:
+        for part in each.g.node:
+            yield from inputs_of(part)
+
+
+def attribute(node: Any, name: str, default: Any = None) -> Any:
+    """A node's attribute as a Python value."""
+    import onnx
+
+    for each in node.attribute:
+        if each.name == name:
+            return onnx.helper.get_attribute_value(each)
+    return default
+
+
+def constant_value(node: Any) -> Any:
+    """The value of a Constant node, an array."""
+    import onnx
+
+    value = onnx.helper.get_attribute_value(node.attribute[0])
+    return onnx.numpy_helper.to_array(value) if hasattr(value, "dims") else np.asarray(value)
+
+
+# --- Finished training graphs
+
+
+def declare(graph: Any, names: Iterable[str], dtype: int = 1) -> None:
+    """Say of what type values are, which can't be inferred of what torch runs.
+
+    Args:
+        graph: onnx.GraphProto, changed in place.
+        names: of the values; what is said of one already stays.
+        dtype: onnx.TensorProto.DataType, by default FLOAT.
+    """
+    from onnx import helper
+
+    known = {info.name for info in (*graph.value_info, *graph.output)}
+    for name in names:
+        if name not in known:
+            graph.value_info.append(helper.make_tensor_value_info(name, dtype, None))
+
+
+def split_gradients(graph: Any) -> None:
+    """A node for each wanted output of a gradient that names several operators; where a single one
+    computes all, names and a type for those that aren't wanted.
+
+    `graph` is an onnx.GraphProto, changed in place.
+
+    Where an input needs no gradient (a frozen weight, the images), ONNX Runtime leaves the name of
+    that output empty (`gradient_builder.cc`, GetExternalGradient), and its ATen kernel then fails
+    with `invalid index -1`.
+    """
+    nodes = []
+    unused: list[str] = []
+    for node in graph.node:
+        names = operator_name(node).split(SEPARATOR) if node.domain == ATEN_DOMAIN else []
+        if len(names) < 2:
+            if names:
+                outputs = [o or f"{node.name}/unused_{i}" for i, o in enumerate(node.output)]
+                unused += set(outputs) - {*node.output}
+                node.output[:] = outputs
+            nodes.append(node)
+            continue
+        for name, output in zip(names, node.output, strict=False):
+            if output:
+                part = type(node)()
+                part.CopyFrom(node)
+                part.name = f"{node.name}/{name}"
+                part.output[:] = [output]
+                rename_operator(part, name)
+                nodes.append(part)
+    declare(graph, sorted(unused))
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -1,0 +1,1 @@
+"""Leaving out what a batch doesn't need: `sparsity` says what."""

@@ -1,0 +1,1 @@
+"""Fusion of elementwise operators by ONNX Runtime's Triton generator."""

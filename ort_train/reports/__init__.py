@@ -1,0 +1,1 @@
+"""The record of a measurement, where it comes from, and its tables, pictures and pages."""
