@@ -11,9 +11,9 @@ import torch
 from trained_graphs import graph_of, manager_of
 
 from ort_train import unwrap, wrap
+from ort_train.ortmodule.graph import GraphIndex
 from ort_train.ortmodule.kernels.aten import operator_name
 from ort_train.ortmodule.passes import output_gradients
-from ort_train.ortmodule.passes.graph import GraphIndex
 
 # fp32 carries 24 bits: sums in another order differ by some 1e-7 at these sizes, a gradient that is
 # left out by 1e-3 and more.

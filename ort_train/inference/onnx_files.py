@@ -116,7 +116,7 @@ def write_model(model: ModelProto, file: Path, folder: Path) -> None:
         file: to be written, with file.data for the tensors.
         folder: where the tensors are now.
     """
-    from ort_train.inference.decoder.graph import DataWriter
+    from ort_train.inference.graph import DataWriter
 
     data = file.with_name(f"{file.name}.data")
     with DataWriter(data) as writer:

@@ -20,7 +20,7 @@ import torch
 
 from ort_train.errors import BackwardError
 from ort_train.ortmodule.export.graph_module import MODULE_PREFIX
-from ort_train.ortmodule.passes.graph import inputs_of
+from ort_train.ortmodule.graph import inputs_of
 
 #: Operators whose result may lie in the memory of their first input.
 _VIEWS = frozenset(("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ort_train.inference.decoder.architectures import DecoderPlan, plan
-from ort_train.inference.decoder.graph import MICROSOFT, DataWriter, GraphWriter, value_info
 from ort_train.inference.folder import DATA_FILE, MODEL_FILE, cache_names
+from ort_train.inference.graph import MICROSOFT, DataWriter, GraphWriter, value_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.inference.decoder.graph import IR_VERSION, MICROSOFT, OPSET, DataWriter
+from ort_train.inference.graph import IR_VERSION, MICROSOFT, OPSET, DataWriter
 
 _DOMAINS = ("", "ai.onnx.ml", MICROSOFT)
 #: Names of a graph's inputs or outputs, each with its dynamic axes and their names.

@@ -15,9 +15,9 @@ import torch
 
 from ort_train.errors import ExportError, OrtTrainError, UnsupportedModelError
 from ort_train.inference.decoder.architectures import windows
-from ort_train.inference.decoder.graph import OPSET
 from ort_train.inference.decoder.trace import write_traced_graph
 from ort_train.inference.folder import DATA_FILE, MODEL_FILE, cache_names
+from ort_train.inference.graph import OPSET
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ort_train.inference.decoder.graph import MICROSOFT
 from ort_train.inference.decoder.trace import write_traced_graph
 from ort_train.inference.diffusion.parts import TRACED, Part
+from ort_train.inference.graph import MICROSOFT
 
 
 def write_graph(part: Part, file: Path, data_file: Path, on_write: Callable[[int], Any]) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ort_train.errors import ModelError
 from ort_train.inference import onnx_files
-from ort_train.inference.decoder.graph import DataWriter
+from ort_train.inference.graph import DataWriter
 from ort_train.inference.quantization.products import LayerReport, WeightError, select_products
 
 if TYPE_CHECKING:

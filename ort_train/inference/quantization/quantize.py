@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ort_train.errors import ConfigError, ModelError
 from ort_train.inference import onnx_files
-from ort_train.inference.decoder.graph import MICROSOFT, DataWriter
 from ort_train.inference.folder import (
     ExportedModel,
     copy_companions,
@@ -26,6 +25,7 @@ from ort_train.inference.folder import (
     staged,
     write_info,
 )
+from ort_train.inference.graph import MICROSOFT, DataWriter
 from ort_train.inference.quantization import blockwise
 from ort_train.inference.quantization.half import write_half
 from ort_train.inference.quantization.products import (

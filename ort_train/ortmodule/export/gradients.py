@@ -12,10 +12,11 @@ import functools
 import importlib
 from typing import NamedTuple
 
+from ort_train.ortmodule import graph
 from ort_train.ortmodule.export import stop_gradient
 from ort_train.ortmodule.kernels import attention_kernels, packed_attention
 from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN
-from ort_train.ortmodule.passes import graph, quantized
+from ort_train.ortmodule.passes import quantized
 
 
 class _Gradient(NamedTuple):

@@ -21,8 +21,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ort_train.ortmodule.graph import declare, inputs_of
 from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN, aten_node, operator_name
-from ort_train.ortmodule.passes.graph import declare, inputs_of
 from ort_train.ortmodule.patching import replaced
 
 OPERATOR = "ort_train::stop_gradient"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ort_train.ortmodule.graph import GraphIndex, attribute, declare
 from ort_train.ortmodule.kernels import attention_kernels, packed_attention
 from ort_train.ortmodule.kernels.aten import (
     BF16_SUFFIX,
@@ -23,7 +24,6 @@ from ort_train.ortmodule.kernels.aten import (
     rename_operator,
 )
 from ort_train.ortmodule.passes import activations, output_gradients
-from ort_train.ortmodule.passes.graph import GraphIndex, attribute, declare
 
 _MUL, _MASKED, _SUM_ROWS = "ort_train::mul", "ort_train::masked", "ort_train::sum_rows"
 

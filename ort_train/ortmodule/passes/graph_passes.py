@@ -7,15 +7,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ort_train.ortmodule import graph
 from ort_train.ortmodule.export import stop_gradient
-from ort_train.ortmodule.passes import (
-    activations,
-    graph,
-    losses,
-    output_gradients,
-    products,
-    quantized,
-)
+from ort_train.ortmodule.passes import activations, losses, output_gradients, products, quantized
 
 #: Devices, and what changes an onnx.GraphProto in place.
 _PASSES: tuple[tuple[str, Callable[[Any], None]], ...] = (

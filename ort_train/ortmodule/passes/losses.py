@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.kernels import memory
 from ort_train.ortmodule.kernels.aten import BF16_SUFFIX, aten_node, direct
-from ort_train.ortmodule.passes.graph import GraphIndex, attribute
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ort_train.ortmodule.graph import GraphIndex, declare
 from ort_train.ortmodule.kernels import memory
 from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN, aten_node, direct, operator_name
-from ort_train.ortmodule.passes.graph import GraphIndex, declare
 
 ADD = "ort_train::sum_of_gradients"
 

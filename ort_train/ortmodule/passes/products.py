@@ -24,10 +24,10 @@ import torch
 
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule.export.graph_module import MODULE_PREFIX
+from ort_train.ortmodule.graph import Dim, GraphIndex, Shape, attribute, declare
 from ort_train.ortmodule.kernels import attention_kernels, onednn, packed_attention, product_kernels
 from ort_train.ortmodule.kernels.aten import aten_node, operator_name
 from ort_train.ortmodule.passes import activations, bf16_values, embeddings, losses
-from ort_train.ortmodule.passes.graph import Dim, GraphIndex, Shape, attribute, declare
 from ort_train.ortmodule.passes.quantized import DECODE
 
 logger = logging.getLogger(__name__)

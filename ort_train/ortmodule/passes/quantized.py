@@ -26,9 +26,9 @@ import torch
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.export import layers_4bit
 from ort_train.ortmodule.export.nodes import aten, constant, sizes_of, typed
+from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.kernels import memory
 from ort_train.ortmodule.kernels.aten import aten_node, direct, operator_name
-from ort_train.ortmodule.passes.graph import GraphIndex, attribute
 
 FORWARD = "ort_train::linear_4bit"
 #: Marks in the gradient graph where the gradient of a layer's input is wanted.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.kernels.aten import operator_name
-from ort_train.ortmodule.passes.graph import GraphIndex, attribute
 from ort_train.ortmodule.sparse.rewriting import BOOL, INT64, Rewriter, Selection, packed_name
 from ort_train.ortmodule.sparse.rows import (
     ELEMENTWISE,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.graph import Dim, Shape, attribute
 from ort_train.ortmodule.kernels.aten import operator_name
 from ort_train.ortmodule.kernels.attention_kernels import OPERATORS as ATTENTION
-from ort_train.ortmodule.passes.graph import Dim, Shape, attribute
 from ort_train.ortmodule.sparse.ignored_labels import LOSS, WAY_OUT, Loss, select_labels
 from ort_train.ortmodule.sparse.rewriting import BOOL, INT64, Rewriter, Selection, packed_name
 from ort_train.ortmodule.sparse.rows import (

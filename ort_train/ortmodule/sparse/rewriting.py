@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ort_train.ortmodule.graph import Dim, Shape, attribute
 from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN
-from ort_train.ortmodule.passes.graph import Dim, Shape, attribute
 from ort_train.ortmodule.sparse.rows import HEADS, SWAPPED, Plan, Role, RowSpace, indexed
 
 INT64, BOOL = 7, 9  # onnx.TensorProto

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ort_train.ortmodule.graph import Dim, GraphIndex, Shape, attribute, constant_value
 from ort_train.ortmodule.kernels.aten import operator_name
-from ort_train.ortmodule.passes.graph import Dim, GraphIndex, Shape, attribute, constant_value
 
 _UNARY = """
 Abs Cast Ceil Celu Clip Cos Dropout Elu Erf Exp Floor Gelu FastGelu QuickGelu HardSigmoid HardSwish

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule.passes.graph import GraphIndex
+from ort_train.ortmodule.graph import GraphIndex
 from ort_train.ortmodule.sparse.ignored_labels import LOSS, WAY_OUT, leave_out_labels, trace_loss
 from ort_train.ortmodule.sparse.padding import Padding
 from ort_train.ortmodule.sparse.rewriting import Rewriter

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ort_train.ortmodule.passes.graph import GraphIndex, attribute
+from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.triton.config import FusionConfig
 
 _REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum")
