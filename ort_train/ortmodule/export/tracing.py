@@ -2,8 +2,9 @@
 
 The exporter runs a module's forward on one batch and records the tensor operators. A branch, a loop
 count or a Python number that came out of that batch's values is the same for all later batches, and
-the graph is silently wrong. Numbers that come from shapes are recorded as operators; comparing
-them is left alone, because a graph serves all sizes or fails on one.
+the graph is silently wrong. Numbers that come from shapes are recorded as operators. Comparing them
+is left alone, as models ask for sizes at every turn: where another batch's size would decide
+otherwise, its graph goes on as the first batch decided, and `len(x)` stays what it was there.
 """
 
 from __future__ import annotations
