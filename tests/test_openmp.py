@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 _SCRIPT = """
 import sys, time
 import torch
-from ort_train.ortmodule import openmp
+from ort_train.ortmodule.kernels import openmp
 
 torch.set_num_threads(2)
 numbers = torch.ones(2**18)

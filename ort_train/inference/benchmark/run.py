@@ -49,8 +49,8 @@ class Run(CaseRun):
 
     def start_worker(self, timeout_s: float) -> Worker:
         is_llamacpp = ENGINES[self.case.engine].runs_in == "llamacpp"
-        module = "llamacpp_worker" if is_llamacpp else "generation_worker"
-        command = [self.python, "-m", f"ort_train.inference.{module}"]
+        module = "llamacpp_worker" if is_llamacpp else "worker"
+        command = [self.python, "-m", f"ort_train.inference.benchmark.{module}"]
         return Worker(self.files, timeout_s, command)
 
     def run_once(self, folder: Path, timeout_s: float) -> None:
