@@ -172,3 +172,10 @@ def test_memory_of_unknown_sizes_is_not_guessed() -> None:
     sizes = ["model.config={hidden_size: 4096, vocab_size: 32000, tie_word_embeddings: true}"]
     found = state_gib(load_recipe("llama2_7b_qlora", [*unknown, *sizes]))
     assert found == pytest.approx(3.60 - 32000 * 4096 * (2 - 4.127 / 8) / 2**30, abs=0.01)
+
+
+def test_one_small_shape_alone_lets_threads_spin() -> None:
+    """Recipes derive from each other, and larger shapes lose a third by it."""
+    named = [path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")]
+    spinning = [n for n in named if load_recipe(n).train.ort.get("allow_spinning")]
+    assert spinning == ["bench_llama_256"]
