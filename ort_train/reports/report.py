@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ort_train.files import replacing
+from ort_train.reports.pages import render
 from ort_train.reports.record import RecordError
 from ort_train.reports.views import (
     ALPHAS,
@@ -136,20 +137,12 @@ def plot(record: Record, path: str | Path) -> None:
 
 def html(record: Record, path: str | Path) -> None:
     """Write one page that needs nothing beside it: table, chart, machine, versions, command."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ort_train.reports"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
     columns = view(record).columns
     buffer = io.StringIO()
     _figure(record).savefig(buffer, format="svg")
     svg = buffer.getvalue()
-    page = environment.get_template(
-        "benchmark.html"
-    ).render(
+    page = render(
+        "benchmark.html",
         title=title(record),
         record=record,
         heads=[head.replace("\n", ", ") for head in columns],

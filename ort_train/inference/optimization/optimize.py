@@ -12,6 +12,7 @@ from ort_train.errors import ConfigError, ModelError
 from ort_train.files import new_folder_obstacle, parent_obstacle, replacing
 from ort_train.inference import onnx_files
 from ort_train.inference.optimization import drawing, passes
+from ort_train.reports.pages import render
 
 PAGE_FILE = "optimize.html"
 #: Weights, which an optimized folder has of its own.
@@ -85,8 +86,6 @@ def check_out(source: Path, out: Path) -> None:
 
 
 def _page(optimized: passes.Optimized, name: str, block: str | None) -> str:
-    import jinja2
-
     before, after = optimized.before.graph, optimized.after.graph
     try:
         drawn = drawing.choose_block(before, after, block)
@@ -103,12 +102,8 @@ def _page(optimized: passes.Optimized, name: str, block: str | None) -> str:
     together = optimized.together
     several = len(optimized.singly) > 1
     head = f"The block {block}" if block else "Around the first change"
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ort_train.reports"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("optimize.html").render(
+    return render(
+        "optimize.html",
         title=f"{name} after {' + '.join(together.names)}",
         reports=[*optimized.singly, *([together] if several else [])],
         together=together,
