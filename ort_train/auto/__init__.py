@@ -1,1 +1,1 @@
-"""`backend="auto"`: the first real batches decide what runs the others."""
+"""What `backend="auto"` may choose, how that is tried on the first batches, and the decision."""

@@ -20,7 +20,7 @@ import torch
 
 from ort_train.errors import BackwardError
 from ort_train.ortmodule.export.graph_module import MODULE_PREFIX
-from ort_train.ortmodule.graph import inputs_of
+from ort_train.ortmodule.graph import GraphIndex, inputs_of
 
 #: Operators whose result may lie in the memory of their first input.
 _VIEWS = frozenset(("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"))
@@ -101,7 +101,7 @@ def _read_in_backward(graph: Any) -> tuple[list[int], list[int]]:
     Args:
         graph: onnx.GraphProto of forward and backward.
     """
-    producers = {name: node for node in graph.node for name in node.output}
+    producers = GraphIndex(graph).producers
     (yields,) = (node for node in graph.node if node.op_type == "YieldOp")
     forward = {id(yields)}
     stack = [yields]

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ort_train.ortmodule.graph import declare, inputs_of
-from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN, aten_node, operator_name
+from ort_train.ortmodule.kernels.aten import aten_node, operator_name
 from ort_train.ortmodule.patching import replaced
 
 OPERATOR = "ort_train::stop_gradient"
@@ -191,7 +191,7 @@ def replace(graph: Any) -> None:
         graph: onnx.GraphProto of forward and backward, changed in place.
     """
     for node in graph.node:
-        if node.domain == ATEN_DOMAIN and operator_name(node) == OPERATOR:
+        if operator_name(node) == OPERATOR:
             _make_identity(node)
 
 

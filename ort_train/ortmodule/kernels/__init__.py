@@ -1,1 +1,1 @@
-"""What torch computes inside ONNX Runtime's graph, by `aten`, and the memory that it takes."""
+"""What torch computes inside ONNX Runtime's graph, by `aten`; the memory and threads it takes."""

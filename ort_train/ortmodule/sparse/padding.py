@@ -38,6 +38,11 @@ _POSITIONWISE = ELEMENTWISE | frozenset(
 )
 
 
+def _is_attention(node: Any) -> bool:
+    """Whether it is attention as one node, with a mask."""
+    return operator_name(node) == ATTENTION[True]
+
+
 class Padding:
     """Runs the row-wise nodes of a model on its kept tokens: those that aren't padding, and those
     whose label counts.
@@ -68,7 +73,7 @@ class Padding:
             UnsupportedModelError: naming what would not be as it was.
         """
         for node in self._index.graph.node:
-            if operator_name(node) == ATTENTION[True]:
+            if _is_attention(node):
                 entry = self._plan_attention(node)
             else:
                 entry = plan(node, self._index, self._space)
@@ -84,7 +89,7 @@ class Padding:
         self._check([name for node in nodes for name in node.output if self._outside(name)])
         self._compute_kept()
         for node, entry in self._plans.values():
-            if operator_name(node) == ATTENTION[True]:
+            if _is_attention(node):
                 self._run_attention_on_kept(node)
             else:
                 self._rewriter.run_on_rows(node, entry, self._selection, self._packed)
@@ -109,7 +114,7 @@ class Padding:
 
     def _find_tokens(self) -> RowSpace:
         index = self._index
-        has_heads = any(operator_name(node) == ATTENTION[True] for node in index.graph.node)
+        has_heads = any(_is_attention(node) for node in index.graph.node)
         for node in index.graph.node:
             if operator_name(node) in ("embedding", "Gather") and len(node.input) > 1:
                 shape = index.shapes.get(node.output[0], [])
@@ -186,7 +191,7 @@ class Padding:
 
     def _joins(self, node: Any, entry: Plan) -> bool:
         """Whether a row-wise node is worth it: a product, a table look-up, or on the way."""
-        if node.op_type in PRODUCTS or operator_name(node) == ATTENTION[True]:
+        if node.op_type in PRODUCTS or _is_attention(node):
             return True
         if operator_name(node) in ("embedding", "Gather") and entry.roles[1].rows:
             return self._index.types[node.output[0]] != INT64
