@@ -26,6 +26,7 @@ from ort_train.bench.parity import TOLERANCES, Trajectory, judge, worst_gradient
 from ort_train.bench.process import Worker, WorkerError
 from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
+from ort_train.ortmodule.kernels import onednn
 from ort_train.reports import record as records
 from ort_train.reports import report
 from ort_train.reports.report import summary_lines
@@ -315,6 +316,20 @@ def test_precision_auto_is_measured_in_all_that_it_may_choose(monkeypatch):
     monkeypatch.setattr(candidates, "no_bf16", lambda device_type: "none here")
     assert precisions_here("auto") == ("fp32",)
     assert precisions_here("bf16") == ("bf16",)  # asked for by name
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("is_in_hardware", [True, False])
+def test_what_bf16_costs_without_hardware_is_said_first(monkeypatch, is_in_hardware):
+    """A step takes minutes there, of every backend."""
+    monkeypatch.setattr(onednn, "has_bf16", lambda: is_in_hardware)
+    events: list[str] = []
+    cases = [Case("eager", precision) for precision in ("fp32", "bf16")]
+    measure(make_config(), cases, on_event=events.append)
+    said = re.search(r"takes [0-9.]+ times as long as in fp32.*--precision fp32", events[0])
+    assert bool(said) != is_in_hardware
+    measure(make_config(), cases[:1], on_event=events.append)
+    assert len(list(filter(re.compile("times as long").search, events))) == (not is_in_hardware)
 
 
 def test_dropout_is_switched_off_everywhere():

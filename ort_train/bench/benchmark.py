@@ -97,6 +97,8 @@ def run_benchmark(
     """
     runs = _plan(config, cases, steps, rounds, warmup_steps, threads)
     tell = on_event or (lambda line: None)
+    if (price := _price_of_bf16(runs)) is not None:
+        tell(f"{price}, whoever computes it; --precision fp32 leaves it out")
     started_at = provenance.now()
     machine = provenance.machine()  # before the load that is about to come
     with tqdm(total=len(runs) * (1 + rounds), disable=not progress, unit="turn") as bar:
@@ -137,6 +139,16 @@ def run_benchmark(
             "results": [result(run, runs) for run in runs],
         },
     )
+
+
+def _price_of_bf16(runs: Sequence[Run]) -> str | None:
+    """In words, where it is measured on a processor that has no bf16."""
+    import torch
+
+    from ort_train.ortmodule.kernels import onednn
+
+    is_measured = any(run.case.precision == "bf16" for run in runs)
+    return onednn.slow_bf16() if is_measured and not torch.cuda.is_available() else None
 
 
 def _plan(

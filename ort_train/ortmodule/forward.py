@@ -57,13 +57,9 @@ class OrtForward:
         self.module = module
         self.options = options
         self.precision = precision
-        if precision == "bf16" and not onednn.has_bf16():
+        if precision == "bf16" and (price := onednn.slow_bf16()) is not None:
             warnings.warn(
-                "this CPU has no bf16 products in hardware (AVX-512 BF16 or AMX): one takes "
-                f"{onednn.bf16_price():.1f} times as long as in fp32; precision='fp32' trains "
-                "faster here",
-                UserWarning,
-                stacklevel=2,
+                f"{price}; precision='fp32' trains faster here", UserWarning, stacklevel=2
             )
         self.original = original
         self.engines: dict[Any, Engine] = {}

@@ -90,6 +90,16 @@ def has_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in features)
 
 
+def slow_bf16() -> str | None:
+    """In words, what bf16 costs on a CPU that doesn't multiply in it, measured here, or None."""
+    if has_bf16():
+        return None
+    return (
+        "this CPU has no bf16 products in hardware (AVX-512 BF16 or AMX): one takes "
+        f"{bf16_price():.1f} times as long as in fp32"
+    )
+
+
 @functools.cache
 def bf16_price() -> float:
     """How many times as long as in fp32 a product of 512 x 512 takes in bf16, measured here."""
