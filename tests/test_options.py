@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +108,8 @@ def test_parse_names_near_options_and_keeps_the_other_problems():
         ("flash_attention", True),
         ("efficient_attention", True),
         ("aten_sdpa", True),
+        ("print_memory_stats", True),
+        ("conv_algo_search", "exhaustive"),
     ],
 )
 def test_options_for_cuda_only_are_refused_on_cpu(name: str, value: Any):
@@ -112,6 +117,16 @@ def test_options_for_cuda_only_are_refused_on_cpu(name: str, value: Any):
     (problem,) = options.device_problems("cpu")
     assert problem.startswith(f"{name}={value!r} works on CUDA devices only")
     assert options.device_problems("cuda") == []
+
+
+def test_options_for_cpus_only_are_refused_on_cuda():
+    options = OrtOptions(attention="torch", products="onednn")
+    assert options.device_problems("cpu") == []
+    problems = options.device_problems("cuda")
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "products='onednn'",
+        "attention='torch'",
+    ]
 
 
 # --- the environment ---
@@ -179,7 +194,11 @@ def test_upstreams_variables_are_not_used_and_named_once(monkeypatch: pytest.Mon
         ({}, "ortmodule_cache_dir", ""),
     ],
 )
-def test_switches_reach_upstream(values: dict[str, Any], attribute: str, expected: Any):
+def test_switches_reach_upstream(
+    values: dict[str, Any], attribute: str, expected: Any, monkeypatch: pytest.MonkeyPatch
+):
+    # Those for CUDA are refused here, but upstream keeps them on any device.
+    monkeypatch.setattr(OrtOptions, "device_problems", lambda options, device_type: [])
     assert getattr(built(OrtOptions(**values))._runtime_options, attribute) == expected
 
 
@@ -256,3 +275,24 @@ def test_options_are_frozen_hashable_and_replaceable():
     assert replace(options, num_threads=3).num_threads == 3
     with pytest.raises(AttributeError):
         options.num_threads = 4  # type: ignore[misc]
+
+
+def test_every_option_is_documented_with_its_default_and_its_variable():
+    text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    documented = {row[0].strip("`"): row for row in rows if len(row) == 4 and row[0][:1] == "`"}
+    assert list(documented) != []
+    for option in fields(OrtOptions):
+        default = str(option.default).lower() if option.default in (True, False) else option.default
+        cell = "" if default is None else f"`{default}`"
+        assert documented.pop(option.name)[1] == cell, option.name
+    assert documented == {}  # nothing that is no option
+
+
+def test_every_variable_of_upstream_is_documented():
+    text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
+    (package,) = find_spec("onnxruntime").submodule_search_locations  # type: ignore[union-attr]
+    source = (Path(package) / "training" / "ortmodule" / "options.py").read_text(encoding="utf-8")
+    read = set(re.findall(r'"(ORTMODULE_[A-Z0-9_]+)"', source))
+    assert "ORTMODULE_MEMORY_OPT_LEVEL" in read
+    assert {name for name in read if f"`{name}`" not in text} == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -507,6 +508,22 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(
     assert second.state.global_step == 6
     assert losses(second) == losses(whole)
     assert_same_weights(second.model, whole.model, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(plain_trainer, ort_trainer), (ort_trainer, plain_trainer)]
+)
+def test_a_run_goes_on_under_the_other_trainer(
+    tiny_llama: MakeModel, tmp_path: Path, begin: Any, end: Any
+):
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    first = begin(tiny_llama(), tmp_path, **fields)
+    first.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    second = end(tiny_llama(), tmp_path, **fields)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 4
+    assert_same_weights(second.model, first.model)
 
 
 def test_resume_without_a_checkpoint(tiny_llama: MakeModel, tmp_path: Path):

@@ -103,6 +103,7 @@ class OrtOptions:
     flash_attention: bool = False
     efficient_attention: bool = False
     aten_sdpa: bool = False
+    #: Log CUDA's memory at each stage of a step.
     print_memory_stats: bool = False
     #: Save the graphs of each stage as ONNX files under `save_onnx_path`, named by `onnx_prefix`.
     save_onnx: bool = False
@@ -199,9 +200,11 @@ class OrtOptions:
     def device_problems(self, device_type: str) -> list[str]:
         """Options that the device at hand can't honour, one line each."""
         if device_type == "cuda":
-            if self.attention != "torch":
-                return []
-            return [f"attention='torch' is for CPUs, and the module is on {device_type}"]
+            return [
+                f"{name}={value!r} is for CPUs, and the module is on {device_type}"
+                for name, value in (("products", "onednn"), ("attention", "torch"))
+                if getattr(self, name) == value
+            ]
         return [
             f"{name}={getattr(self, name)!r} works on CUDA devices only, and the module is on "
             f"{device_type}"
@@ -211,6 +214,8 @@ class OrtOptions:
                 ("flash_attention", False),
                 ("efficient_attention", False),
                 ("aten_sdpa", False),
+                ("print_memory_stats", False),
+                ("conv_algo_search", "heuristic"),
             )
             if getattr(self, name) != off
         ]
