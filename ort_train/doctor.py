@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -49,15 +50,20 @@ def run_checks() -> list[Check]:
     return [found for name, check in named.items() for found in _guarded(name, check)]
 
 
-def main(as_json: bool) -> int:
-    """Print the findings: a table with what to do below it, or a JSON array.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `ort-train doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `ort-train doctor`: a table with what to do below it, or a JSON array.
 
     Returns:
-        Exit code: 1 where there is a problem, else 0.
+        1 where there is a problem, else 0.
     """
     with contextlib.redirect_stdout(sys.stderr):  # imports of others may print
         findings = run_checks()
-    if as_json:
+    if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in findings], indent=2))
     else:
         try:

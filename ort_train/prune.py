@@ -168,13 +168,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train prune`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder that transformers loads, such as a run's model/")
-    add("overrides", nargs="*", metavar="section.key=value", help="of reading and fine-tuning")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="settings of reading and fine-tuning: data.*, train.*",
+    )
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--pattern", choices=["2:4"], help="2 of each 4 weights become 0")
-    how.add_argument("--sparsity", type=float, metavar="SHARE", help="of each layer's weights")
-    add("--exclude", default="", metavar="NAMES", help="comma-separated: 'model.layers.0.*'")
-    add("--steps", type=int, default=0, help="training steps that keep the zeros (default: 0)")
+    how.add_argument(
+        "--sparsity", type=float, metavar="SHARE", help="of each layer's weights, from 0 to 1"
+    )
+    add(
+        "--exclude",
+        default="",
+        metavar="NAMES",
+        help="comma-separated patterns of layers that stay as they are: 'model.layers.0.*'",
+    )
+    add("--steps", type=int, default=0, metavar="N", help="training steps that keep the zeros")
 
 
 def main(args: argparse.Namespace) -> int:

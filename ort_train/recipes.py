@@ -240,7 +240,9 @@ def _find(name_or_path: str | Path) -> Path:
     shipped = _shipped()
     if path.name not in shipped:
         hint = near_matches(path.name, shipped)
-        raise ConfigError(f"unknown recipe {path.name}: {hint} (or give a path to a .yaml file)")
+        raise ConfigError(
+            f"unknown recipe {str(name_or_path)!r}: {hint} (or give a path to a .yaml file)"
+        )
     return shipped[path.name]
 
 

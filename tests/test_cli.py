@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ort_train.cli import main
+from ort_train.cli import COMMANDS, main, make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,3 +197,76 @@ def test_launch_train_is_the_same_command():
     assert done.returncode == 2
     assert "quickstart" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_every_help_tells_what_it_takes_with_an_example(command: list[str]):
+    parser = make_parser(*command)
+    if command:
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = commands.choices[command[0]]
+        assert parser.epilog == f"example:\n  {COMMANDS[command[0]].example}"
+    assert parser.description
+    assert parser.description.endswith(".")
+    text = parser.format_help()
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._SubParsersAction):
+            continue
+        assert action.help, f"{action.dest} is not explained"
+        takes_a_value = action.option_strings and action.nargs != 0
+        if takes_a_value and not action.choices:
+            assert action.metavar, f"{action.dest} has no word for its value"
+        has_default = action.default not in (None, "", [])
+        if takes_a_value and not action.required and has_default:
+            shown = text.replace("\n", "").replace(" ", "")
+            assert f"default:{action.default}".replace(" ", "") in shown, action.dest
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_is_one_that_is_taken(name: str):
+    program, *arguments = shlex.split(COMMANDS[name].example.partition(" > ")[0])
+    assert (program, arguments[0]) == ("ort-train", name)
+    args, others = make_parser(name).parse_known_args(arguments)
+    assert all("=" in word for word in others)
+    assert callable(args.run)
+
+
+def test_the_command_of_a_wrong_word_is_named(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["recipes", "quickstart", "more"])
+    assert caught.value.code == 2
+    assert "ort-train recipes: error: unrecognized arguments: more" in capsys.readouterr().err
+
+
+def test_what_may_be_left_out_is_not_asked_for(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["plan"])
+    assert "section.key=value" not in capsys.readouterr().err.rpartition("required:")[2]
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "quickstart"]])
+def test_a_reader_that_goes_away_is_no_fault(arguments: list[str]):
+    command = shlex.join([sys.executable, "-m", "ort_train.cli", *arguments])
+    # The reader is gone before anything is written.
+    script = f"{{ sleep 0.1; {command}; echo code $? >&2; }} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "code 141\n"
+
+
+def test_an_output_that_cannot_be_written_is_said_in_a_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ort_train.cli", "recipes"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    assert done.returncode == 2
+    assert "No space left on device: free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_empty_name_is_no_list(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes", ""]) == 2
+    assert "unknown recipe ''" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import subprocess
@@ -203,7 +204,7 @@ def test_text_output_keeps_commands_whole(show, capsys):
 @pytest.mark.parametrize(("number", "code"), [(1, 0), (2, 0), (3, 1)])
 def test_exit_code_and_json(number, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "run_checks", lambda: FINDINGS[:number])
-    assert doctor.main(as_json=True) == code
+    assert doctor.main(argparse.Namespace(json=True)) == code
     printed = json.loads(capsys.readouterr().out)
     assert [check["name"] for check in printed] == ["one", "two", "three"][:number]
     assert printed[0] == {"name": "one", "status": "ok", "detail": "fine", "remedy": ""}

@@ -150,7 +150,7 @@ def test_a_circle_is_refused(tmp_path):
     ("text", "expected"),
     [
         ("extends: 3", "extends: 3 should be a recipe's name or path"),
-        ("extends: quickstar", "unknown recipe quickstar: did you mean quickstart"),
+        ("extends: quickstar", "unknown recipe 'quickstar': did you mean quickstart"),
         ("extends: gone.yaml", "can't read recipe"),
         ("train: [", "is not YAML"),
         ("- 1", "should be a mapping of sections"),
@@ -169,7 +169,7 @@ def test_recipe_that_is_not_text(tmp_path):
 
 
 def test_unknown_recipes_name_the_nearest(tmp_path):
-    assert "unknown recipe quickstrat: did you mean quickstart" in fails("quickstrat")
+    assert "unknown recipe 'quickstrat': did you mean quickstart" in fails("quickstrat")
     assert "there are bench_bert, bench_gpt2" in fails("zzz")
     message = fails(tmp_path / "quickstart.yaml")
     assert "no recipe file" in message

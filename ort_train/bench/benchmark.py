@@ -230,21 +230,40 @@ def _case_config(config: RunConfig, case: Case) -> RunConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train bench`."""
     add = parser.add_argument
-    add("recipe", help="a recipe's name or path")
-    add("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    add("recipe", metavar="NAME_OR_PATH", help="a shipped recipe, or a YAML file")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="changes to the recipe",
+    )
     add(
         "--backends",
         default=",".join(BACKENDS),
+        metavar="NAMES",
         help=f"comma-separated (default: %(default)s); {DENSE}: ort without label_sparsity and "
         "padding_sparsity, for recipes that turn one on",
     )
-    add("--precision", help="comma-separated: fp32, bf16, fp16 (default: the recipe's)")
-    add("--batch-sizes", help="comma-separated samples per forward (default: the recipe's)")
-    add("--seq-lens", help="comma-separated tokens per sample (default: the recipe's)")
-    add("--steps", type=int, help="measured steps per round (default: the recipe's)")
-    add("--rounds", type=int, help="turns of each backend (default: the recipe's)")
-    add("--warmup", type=int, help="training steps before the first round (default: the recipe's)")
-    add("--threads", type=int, help="threads of torch and of ONNX Runtime (default: their own)")
+    add(
+        "--precision",
+        metavar="NAMES",
+        help="comma-separated: fp32, bf16, fp16 (default: the recipe's)",
+    )
+    for option, what in (
+        ("--batch-sizes", "comma-separated samples per forward"),
+        ("--seq-lens", "comma-separated tokens per sample"),
+    ):
+        add(option, metavar="NUMBERS", help=f"{what} (default: the recipe's)")
+    for option, what in (
+        ("--steps", "measured steps per round"),
+        ("--rounds", "turns of each backend"),
+        ("--warmup", "training steps before the first round"),
+    ):
+        add(option, type=int, metavar="N", help=f"{what} (default: the recipe's)")
+    add(
+        "--threads", type=int, metavar="N", help="of torch and of ONNX Runtime (default: their own)"
+    )
     add("--profile", action="store_true", help="say what the steps of backend ort spend time on")
     add("--tiny", action="store_true", help="shrink the model, for a trial in seconds")
     add_outputs(parser)

@@ -256,16 +256,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     known = ", ".join([*ENGINES, *GROUPS])
     add("folder", metavar="DIR", help="the folder of a run or of a transformers model")
-    add("--engines", default=",".join(DEFAULT), help=f"comma-separated: {known} (%(default)s)")
-    add("--batch-sizes", default="1,2,4,8,16", help="comma-separated rows (%(default)s)")
+    add(
+        "--engines",
+        default=",".join(DEFAULT),
+        metavar="NAMES",
+        help=f"comma-separated: {known}",
+    )
+    add("--batch-sizes", default="1,2,4,8,16", metavar="NUMBERS", help="comma-separated rows")
     add(
         "--prompt-lens",
         default="32,64,128,256,512,1024,2048",
-        help="comma-separated tokens of each prompt (%(default)s)",
+        metavar="NUMBERS",
+        help="comma-separated tokens of each prompt",
     )
-    add("--new-tokens", type=int, default=256, help="generated after each prompt (%(default)s)")
-    add("--rounds", type=int, default=3, help="turns of each engine (%(default)s)")
-    add("--threads", type=int, help="of every engine (default: one a core)")
+    add("--new-tokens", type=int, default=256, metavar="N", help="generated after each prompt")
+    add("--rounds", type=int, default=3, metavar="N", help="turns of each engine")
+    add("--threads", type=int, metavar="N", help="of every engine (default: one a core)")
     add(
         "--llamacpp-python",
         metavar="PATH",

@@ -284,14 +284,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="DIR", help="the folder of a pipeline of diffusers'")
     add("--exported", metavar="DIR", help="its export (default: made beside it)")
     known = ", ".join(ENGINES)
-    add("--engines", default="eager,ort", help=f"comma-separated: {known} (%(default)s)")
-    add("--batch-sizes", default="1,2", help="comma-separated images of a batch (%(default)s)")
-    add("--steps", default="1,4", help="comma-separated steps of the loop (%(default)s)")
-    add("--height", type=int, help="pixels (default: the pipeline's own)")
-    add("--width", type=int, help="pixels (default: the pipeline's own)")
-    add("--guidance-scale", type=float, default=0.0, help="default: %(default)s, for turbo models")
-    add("--rounds", type=int, default=3, help="turns of each engine (%(default)s)")
-    add("--threads", type=int, help="of every engine (default: one a core)")
+    add("--engines", default="eager,ort", metavar="NAMES", help=f"comma-separated: {known}")
+    add("--batch-sizes", default="1,2", metavar="NUMBERS", help="comma-separated images of a batch")
+    add("--steps", default="1,4", metavar="NUMBERS", help="comma-separated steps of the loop")
+    add("--height", type=int, metavar="N", help="pixels (default: the pipeline's own)")
+    add("--width", type=int, metavar="N", help="pixels (default: the pipeline's own)")
+    add(
+        "--guidance-scale",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="of classifier-free guidance; turbo models take none (default: %(default)s)",
+    )
+    add("--rounds", type=int, default=3, metavar="N", help="turns of each engine")
+    add("--threads", type=int, metavar="N", help="of every engine (default: one a core)")
     add_outputs(parser)
 
 

@@ -251,16 +251,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train passes-bench`."""
     add = parser.add_argument
     models = "; ".join(f"{name}: {what}" for name, what in passes_models.MODELS.items())
-    add("--models", default="llama", help=f"comma-separated (default: llama). {models}")
-    add("--hidden", default="512,1024,2048", help="hidden sizes (default: %(default)s)")
-    add("--heads", default="4,8,16", help="attention heads of each size (default: %(default)s)")
+    add(
+        "--models",
+        default="llama",
+        metavar="NAMES",
+        help=f"comma-separated (default: %(default)s). {models}",
+    )
+    add(
+        "--hidden",
+        default="512,1024,2048",
+        metavar="NUMBERS",
+        help="comma-separated hidden sizes",
+    )
+    add("--heads", default="4,8,16", metavar="NUMBERS", help="attention heads of each size")
     add("--grid", action="store_true", help="every size with every number of heads")
-    add("--passes", default=DEFAULT_PASSES, help="comma-separated (default: %(default)s)")
-    add("--repeats", type=int, default=100, help="timed runs of each (default: %(default)s)")
-    add("--warmup", type=int, default=5, help="untimed runs before (default: %(default)s)")
-    add("--batch-size", type=int, default=1, help="default: %(default)s")
-    add("--seq-len", type=int, default=64, help="default: %(default)s")
-    add("--threads", type=int, help="of every library (default: their own choice)")
+    add("--passes", default=DEFAULT_PASSES, metavar="NAMES", help="comma-separated")
+    add("--repeats", type=int, default=100, metavar="N", help="timed runs of each")
+    add("--warmup", type=int, default=5, metavar="N", help="untimed runs before")
+    add("--batch-size", type=int, default=1, metavar="N", help="rows")
+    add("--seq-len", type=int, default=64, metavar="N", help="tokens of each row")
+    add("--threads", type=int, metavar="N", help="of every library (default: their own choice)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--no-cold", action="store_true", help="leave the timing without warm-up out")
     add("--json", type=Path, metavar="FILE", help="write the record, after each size")

@@ -27,10 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train quantize`."""
     add = parser.add_argument
     add("folder", metavar="DIR", help="an exported model in fp32")
-    add("overrides", nargs="*", metavar="data.key=value", help="of the text that is read")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="data.key=value",
+        help="settings of the text that is read",
+    )
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
-    add("--scheme", choices=BITS, default="int4", help="default: %(default)s")
-    add("--block-size", type=int, choices=BLOCK_SIZES, help="of int4 (default: 128)")
+    add("--scheme", choices=BITS, default="int4", help="of the weights")
+    add(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        help="of int4: weights that share a scale (default: 128)",
+    )
     add("--symmetric", action="store_true", help="int4 without zero points: smaller, less exact")
     add(
         "--accuracy-level",
@@ -38,11 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=ACCURACY_LEVELS,
         help="of int4: 4 rounds the inputs to 8 bits, too (default); 0 computes in fp32",
     )
-    add("--exclude", default="", metavar="NAMES", help="comma-separated: '/lm_head/*,*layers.0*'")
-    add("--max-kl", type=float, default=MAX_KL, help="nats a token, default: %(default)s")
-    add("--rows", type=int, default=16, help="of text to compare on (default: %(default)s)")
-    add("--length", type=int, default=128, help="tokens of a row (default: %(default)s)")
-    add("--threads", type=int, help="default: one a core")
+    add(
+        "--exclude",
+        default="",
+        metavar="NAMES",
+        help="comma-separated patterns of layers that stay as they are: '/lm_head/*,*layers.0*'",
+    )
+    add(
+        "--max-kl",
+        type=float,
+        default=MAX_KL,
+        metavar="X",
+        help="KL divergence from the original's predictions, nats a token",
+    )
+    add("--rows", type=int, default=16, metavar="N", help="of text to compare on")
+    add("--length", type=int, default=128, metavar="N", help="tokens of a row")
+    add("--threads", type=int, metavar="N", help="of ONNX Runtime (default: one a core)")
 
 
 def main(args: argparse.Namespace) -> int:
