@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save_file
 
@@ -22,6 +24,7 @@ from ort_train.bench import benchmark
 from ort_train.bench import run as bench_run
 from ort_train.bench import turns as bench_turns
 from ort_train.bench.benchmark import Case, precisions_here, run_benchmark
+from ort_train.bench.options import output_problems, show_and_save
 from ort_train.bench.parity import TOLERANCES, Trajectory, judge, worst_gradient
 from ort_train.bench.process import Worker, WorkerError
 from ort_train.config import RunConfig, parse
@@ -206,6 +209,37 @@ class TestRunBenchmark:
         assert all(worker._process.poll() is not None for worker in workers)
         assert os.listdir(tmp_path) == []
 
+    def test_an_interrupt_keeps_the_shapes_before_it(self, tmp_path, capsys):
+        def interrupt(event: str) -> None:
+            if "ort fp32 2x64: round 1" in event:
+                raise KeyboardInterrupt
+
+        cases = [Case(name, "fp32", size) for size in (1, 2, 4) for name in ("eager", "ort")]
+        record = measure(make_config(), cases, on_event=interrupt)
+        assert record["interrupted"]
+        by_size = {(r["backend"], r["micro_batch_size"]): r for r in record["results"]}
+        assert by_size["ort", 1]["speedup_vs_eager"] == 2.0
+        for size in (2, 4):
+            result = by_size["ort", size]
+            assert (result["status"], result["speedup_vs_eager"]) == ("failed", None)
+            assert result["reason"] == "interrupted before it was measured"
+        args = argparse.Namespace(
+            json=tmp_path / "a.json", plot=tmp_path / "a.png", html=tmp_path / "a.html"
+        )
+        assert show_and_save(record, args) == 130
+        assert "2.00 x eager" in capsys.readouterr().out
+        assert records.load(args.json) == record
+
+    def test_sigterm_leaves_no_process_and_no_file_either(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            measure(make_config(), on_event=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert caught.value.code == 143
+        assert os.listdir(tmp_path) == []
+        assert psutil.Process().children() == []
+        assert signal.getsignal(signal.SIGTERM) is before
+
 
 class TestWorker:
     def test_what_is_no_reply(self, tmp_path):
@@ -308,6 +342,21 @@ class TestParity:
         save_file({}, tmp_path / "none.safetensors")
         path = tmp_path / "none.safetensors"
         assert worst_gradient(path, path) == (0.0, None)
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(tmp_path):
+    (tmp_path / "file").touch()
+    args = argparse.Namespace(
+        json=tmp_path / "file" / "a.json", plot=Path("/proc/a.png"), html=tmp_path
+    )
+    problems = output_problems(args)
+    assert len(problems) == 2 + (not os.access("/proc", os.W_OK))
+    assert "file' is no folder" in problems[0]
+    assert f"--html {tmp_path} is a directory" in problems[-1]
+    same = tmp_path / "missing" / "page"
+    assert output_problems(argparse.Namespace(json=same, plot=None, html=same)) == [
+        "--json and --html name one file: give each its own"
+    ]
 
 
 def test_precision_auto_is_measured_in_all_that_it_may_choose(monkeypatch):

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from typing import Any
 
 import numpy as np
@@ -90,10 +90,12 @@ def run_benchmark(
         timeout_s: how long one stage of a case may take before it counts as hung.
 
     Returns:
-        The record (`record.Record`).
+        The record (`record.Record`). Ctrl-C ends the benchmark: the shapes that were measured by
+        then are kept, and the cases of the others have failed.
 
     Raises:
         ConfigError: with everything that is wrong with the cases, before any is started.
+        KeyboardInterrupt: there is nothing to keep yet.
     """
     runs = _plan(config, cases, steps, rounds, warmup_steps, threads)
     tell = on_event or (lambda line: None)
@@ -101,30 +103,42 @@ def run_benchmark(
         tell(f"{price}, whoever computes it; --precision fp32 leaves it out")
     started_at = provenance.now()
     machine = provenance.machine()  # before the load that is about to come
+    shapes = [list(group) for _, group in groupby(runs, key=lambda run: run.shape)]
+    was_interrupted = False
     with tqdm(total=len(runs) * (1 + rounds), disable=not progress, unit="turn") as bar:
-        for _, group in groupby(runs, key=lambda run: run.shape):
-            take_turns(
-                list(group),
-                rounds,
-                prepare={
-                    "num_batches": warmup_steps + steps * rounds,
-                    "warmup_steps": warmup_steps,
-                    "threads": threads,
-                    "profile_steps": profile_steps,
-                },
-                turn={"steps": steps},
-                prepared_line=lambda run: f"first step {run.prepared['first_step_s']:.2f} s",
-                turn_line=lambda run: f"{1 / np.median(run.rounds[-1]['step_s']):.3g} it/s",
-                timeout_s=timeout_s,
-                bar=bar,
-                tell=tell,
-            )
+        for num_measured, group in enumerate(shapes):
+            try:
+                take_turns(
+                    group,
+                    rounds,
+                    prepare={
+                        "num_batches": warmup_steps + steps * rounds,
+                        "warmup_steps": warmup_steps,
+                        "threads": threads,
+                        "profile_steps": profile_steps,
+                    },
+                    turn={"steps": steps},
+                    prepared_line=lambda run: f"first step {run.prepared['first_step_s']:.2f} s",
+                    turn_line=lambda run: f"{1 / np.median(run.rounds[-1]['step_s']):.3g} it/s",
+                    timeout_s=timeout_s,
+                    bar=bar,
+                    tell=tell,
+                )
+            except KeyboardInterrupt:
+                if num_measured == 0:
+                    raise
+                was_interrupted = True
+                for run in chain.from_iterable(shapes[num_measured:]):
+                    if run.status == "ok":
+                        run.status, run.reason = "failed", "interrupted before it was measured"
+                break
     prepared: dict[str, Any] = next((run.prepared for run in runs if run.prepared), {})
     machine |= {"threads": prepared.get("threads"), "gpu": prepared.get("gpu")}
     return records.assemble(
         started_at,
         machine,
         {
+            "interrupted": was_interrupted,
             "recipe": config.name,
             "model": prepared.get("model"),
             "data": prepared.get("data"),
@@ -274,7 +288,7 @@ def main(args: argparse.Namespace) -> int:
 
     Returns:
         0; 1 where a backend failed or computed other numbers (one that can't run here is no
-        failure).
+        failure); 130 where Ctrl-C left some shapes out.
 
     Raises:
         ConfigError: with every problem of the options, before anything is run.

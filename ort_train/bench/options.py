@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ort_train.files import parent_obstacle
 from ort_train.near import near_matches
 from ort_train.reports import record as records
 from ort_train.reports import report
@@ -22,11 +23,16 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 def output_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with those options."""
-    problems = [
-        f"{option} {path} is a directory: give the name of a file in it"
-        for option, path in (("--json", args.json), ("--plot", args.plot), ("--html", args.html))
-        if path is not None and path.is_dir()
-    ]
+    outputs = {"--json": args.json, "--plot": args.plot, "--html": args.html}
+    given = {option: path for option, path in outputs.items() if path is not None}
+    problems = []
+    for option, path in given.items():
+        if path.is_dir():
+            problems.append(f"{option} {path} is a directory: give the name of a file in it")
+        elif (obstacle := parent_obstacle(path)) is not None:
+            problems.append(f"{option} {path} {obstacle}")
+    if len({path.absolute() for path in given.values()}) < len(given):
+        problems.append(f"{' and '.join(given)} name one file: give each its own")
     if args.plot is not None and args.plot.suffix not in report.PLOT_SUFFIXES:
         problems.append(f"--plot {args.plot} must end in {' or '.join(report.PLOT_SUFFIXES)}")
     return problems
@@ -36,7 +42,8 @@ def show_and_save(record: Mapping[str, Any], args: argparse.Namespace) -> int:
     """Print the record's table and write what was asked for.
 
     Returns:
-        The command's exit code: 1 where a case failed or computed other numbers.
+        The command's exit code: 1 where a case failed or computed other numbers, 130 where the
+        record is of an interrupted benchmark.
     """
     report.show(record)
     for path, save in (
@@ -47,6 +54,8 @@ def show_and_save(record: Mapping[str, Any], args: argparse.Namespace) -> int:
         if path is not None:
             save(record, path)
             print(f"wrote {path}")
+    if record.get("interrupted"):
+        return 130
     return int(any(result["status"] in ("failed", "mismatch") for result in record["results"]))
 
 

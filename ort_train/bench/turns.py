@@ -6,7 +6,11 @@ of them, and a speed-up is the median of the ratios of paired rounds.
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -140,7 +144,7 @@ def take_turns(
         bar: advanced by 1 + num_rounds for each run.
         tell: called with a line of text whenever a case has come a stage further.
     """
-    with tempfile.TemporaryDirectory(prefix="ort_train-bench-") as folder:
+    with _tidying_on_sigterm(), tempfile.TemporaryDirectory(prefix="ort_train-bench-") as folder:
         try:
             for run in runs:
                 bar.set_description(f"{run.case}: prepare")
@@ -173,6 +177,19 @@ def take_turns(
         finally:
             for run in runs:
                 run.kill()
+
+
+@contextlib.contextmanager
+def _tidying_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process by an exception, and so its workers and their files, too."""
+    if threading.current_thread() is not threading.main_thread():  # the only one Python allows
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _rotated(runs: Sequence[AnyRun], turn: int) -> Iterator[AnyRun]:

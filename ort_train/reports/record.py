@@ -137,6 +137,7 @@ class Record(Envelope):
     """A benchmark of training steps."""
 
     kind: Literal["training"] = "training"
+    interrupted: bool = False  # the cases that were left have failed
     recipe: str
     model: ModelInfo | None  # null where no case came as far as a model
     data: str | None  # which corpus, in words
