@@ -137,7 +137,7 @@ def load_model(
         else:
             made = auto_class.from_config(config, **options)
     except LOAD_ERRORS as error:
-        raise ModelError(_refusal(model, error)) from error
+        raise ModelError(refusal(model, error)) from error
     if positions is not None and (unused := _unused_positions(made)):
         _check_positions(positions - unused, model.task, block_size)
     generation = getattr(made, "generation_config", None)  # of models that generate
@@ -188,7 +188,7 @@ def tiny_config(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: unknown architecture or fields.
     """
-    full = _made_config_of(architecture, fields)
+    full = made_config(architecture, fields)
     aliases = full.attribute_map
     accepted = _accepted_fields(type(full))
     given = {aliases.get(name, name): name for name in fields}
@@ -218,12 +218,17 @@ def _made_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
     if model.task == "seq2seq":  # with which T5's decoder begins, too
         start = model.config.get("decoder_start_token_id", tokenizer.pad_token_id)
         special["decoder_start_token_id"] = start
-    return _made_config_of(model.architecture, model.config, special | {"vocab_size": vocab_size})
+    return made_config(model.architecture, model.config, special | {"vocab_size": vocab_size})
 
 
-def _made_config_of(
+def made_config(
     architecture: str, fields: Mapping[str, Any], from_tokenizer: Mapping[str, Any] | None = None
 ) -> PretrainedConfig:
+    """The config of a model that is made.
+
+    Raises:
+        ModelError: unknown architecture or fields, or values that it refuses.
+    """
     if architecture not in CONFIG_MAPPING:
         hint = near_matches(architecture, CONFIG_MAPPING)
         raise ModelError(
@@ -252,7 +257,8 @@ def _loaded_config(model: ModelConfig) -> PretrainedConfig:
         raise ModelError(f"model.config doesn't fit {name}: {error}") from error
 
 
-def _refusal(model: ModelConfig, error: Exception) -> str:
+def refusal(model: ModelConfig, error: Exception) -> str:
+    """Why transformers made no model, in words, with the way out where there is one."""
     verb = f"load {model.name_or_path}" if model.name_or_path else f"make a {model.architecture}"
     message = f"can't {verb} as a {tasks.noun(model.task)}: {error}"
     if "attention implementation" in str(error):

@@ -8,6 +8,7 @@ DistributedDataParallel hold them. DeepSpeed's own estimator for ZeRO-2 knows ne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ort_train import quantization
 from ort_train.config import RunConfig
 from ort_train.errors import ConfigError, ModelError
 from ort_train.known_models import KNOWN_MODELS
+from ort_train.models import made_config
 from ort_train.step_memory import StepPeak, make_without_data, step_bytes
 
 GIB = 2**30
@@ -217,7 +219,8 @@ def model_fields(config: RunConfig) -> tuple[str, dict[str, Any]]:
     """Architecture and config fields of a recipe's model, without a download where known.
 
     Raises:
-        ModelError: for a hub model that is neither known, cached nor reachable.
+        ModelError: for a hub model that is neither known, cached nor reachable, and for an
+            architecture or fields that can't be.
     """
     model = config.model
     if model.name_or_path is None:
@@ -225,6 +228,7 @@ def model_fields(config: RunConfig) -> tuple[str, dict[str, Any]]:
         fields = dict(model.config)
         if model.vocab_size:
             fields["vocab_size"] = max(model.vocab_size, fields.get("vocab_size", 0))
+        made_config(model.architecture, model.config, fields)  # refuses what would be ignored
         return model.architecture, fields
     if model.name_or_path in KNOWN_MODELS:
         architecture, known = KNOWN_MODELS[model.name_or_path]
@@ -247,14 +251,16 @@ def show(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float) -> bool:
     """Print a recipe's plan as a table; returns whether the recipe fits in any way.
 
     Raises:
-        ConfigError: for counts or sizes that aren't positive.
+        ConfigError: for counts or sizes that aren't positive, and models that it can't count.
     """
     from rich.console import Console
     from rich.table import Table
 
     given = {"--gpus": gpus, "--nodes": nodes, "--gpu-mem-gib": gpu_mem_gib}
     if problems := [
-        f"{name} {value} should be above 0" for name, value in given.items() if value <= 0
+        f"{name} {value} should be above 0 and finite"
+        for name, value in given.items()
+        if not 0 < value < math.inf
     ]:
         raise ConfigError(problems)
     if config.model.task == "seq2seq":
@@ -269,8 +275,9 @@ def show(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float) -> bool:
         )
     estimates = estimate(config, gpus, nodes, gpu_mem_gib)
     batch = config.train.micro_batch_size
+    ranks = gpus * nodes
     table = Table(
-        title=f"{config.name}: {gpus * nodes} GPUs of {gpu_mem_gib:g} GiB, "
+        title=f"{config.name}: {ranks} GPU{'s' if ranks > 1 else ''} of {gpu_mem_gib:g} GiB, "
         f"{config.data.block_size} tokens a sample, {config.train.precision}"
     )
     table.add_column("strategy")
@@ -284,7 +291,7 @@ def show(config: RunConfig, gpus: int, nodes: int, gpu_mem_gib: float) -> bool:
         table.add_row(
             row.strategy,
             "yes" if row.recompute else "no",
-            *(f"{size / GIB:.1f}" if size else "" for size in sizes),
+            *(f"{size / GIB:.2f}" if size else "" for size in sizes),
             "yes" if row.max_micro_batch >= batch else "no",
             str(row.max_micro_batch),
         )

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ort_train.config import RunConfig
+from ort_train.errors import ModelError
 
 #: Where the search for the largest micro batch ends.
-_MANY = 2**16
+_MANY = 2**30
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,26 @@ class StepPeak:
 def make_without_data(
     config: RunConfig, architecture: str, fields: dict[str, Any], dtype: torch.dtype
 ) -> Any:
-    """The model with its adapter, on the meta device: shapes and types, no data."""
+    """The model with its adapter, on the meta device: shapes and types, no data.
+
+    Raises:
+        ModelError: transformers can't make it.
+    """
     from transformers import AutoConfig
 
     from ort_train.adapters import apply_adapter
     from ort_train.data.tasks import auto_class
+    from ort_train.models import LOAD_ERRORS, refusal
 
     with _quiet():
         made = AutoConfig.for_model(architecture, **{**fields, "use_cache": False})
         with torch.device("meta"):
-            model = auto_class(config.model.task).from_config(
-                made, dtype=dtype, attn_implementation=config.model.attention
-            )
+            try:
+                model = auto_class(config.model.task).from_config(
+                    made, dtype=dtype, attn_implementation=config.model.attention
+                )
+            except LOAD_ERRORS as error:
+                raise ModelError(refusal(config.model, error)) from error
             return apply_adapter(model, config.adapter, config.model.task).train()
 
 

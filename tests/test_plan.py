@@ -135,3 +135,33 @@ def test_counts_below_one_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         plan.show(_config(), gpus=0, nodes=-1, gpu_mem_gib=8)
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("gib", ["nan", "inf", "-8", "0"])
+def test_memory_that_no_gpu_has_is_refused(gib: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "quickstart", "--gpu-mem-gib", gib]) == 2
+    assert f"--gpu-mem-gib {float(gib)} should be above 0 and finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.config.num_attention_heads=7", "not a multiple of the number of attention heads"),
+        ("model.config.num_layers=7", "fields unknown to llama: num_layers"),
+        ("model.architecture=mamba", "set model.attention=eager"),
+        ("model.architecture=lama", "did you mean llama"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_refused(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_fields = ["model.config={}"] if "architecture" in override else []
+    assert cli.main(["plan", "quickstart", "--gpu-mem-gib", "8", *own_fields, override]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_budget_beyond_any_batch_is_counted_to_its_end() -> None:
+    peak = StepPeak((1, 2, 64), (100.0, 200.0, 6400.0))
+    assert peak.largest(100.0 * 70_000) == 70_000
