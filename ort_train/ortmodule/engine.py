@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import time
@@ -184,7 +185,12 @@ class Engine:
             weakref.finalize(self, memory.release)
         if self._options.profile_prefix is not None:
             memory.keep_all()
-        with training_flags_kept(module), without_checkpointing(module) as recompute_asked:
+        with (
+            # Upstream restores the random state of the current device, which a trace draws from.
+            contextlib.nullcontext() if self._is_on_cpu else torch.cuda.device(self._device),
+            training_flags_kept(module),
+            without_checkpointing(module) as recompute_asked,
+        ):
             options = self._options
             if recompute_asked and options.recompute == "none" and not options.recompute_config:
                 options = replace(options, recompute="layerwise")
@@ -325,7 +331,15 @@ class Engine:
 
     @property
     def _is_on_cpu(self) -> bool:
-        return all(device.type == "cpu" for _, _, device, _ in self._graph_module._schema.tensors)
+        return self._device.type == "cpu"
+
+    @functools.cached_property
+    def _device(self) -> torch.device:
+        """The GPU's where module or call has a tensor on one: a call may have numbers beside."""
+        part = self._graph_module
+        devices = [device for _, _, device, _ in part._schema.tensors]
+        devices += [parameter.device for parameter in part.module.parameters()]
+        return next((each for each in devices if each.type != "cpu"), torch.device("cpu"))
 
     def _transform(self, model: Any) -> None:
         """Change the exported graph before its gradient is built: what must see the exporter's own

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from ort_train.ortmodule import backward, cuda, leftovers, session, upstream
+from ort_train.ortmodule import backward, cuda, gpu_passes, leftovers, session, upstream
 from ort_train.ortmodule.export.graph_module import GraphModule
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.passes import output_gradients
@@ -53,16 +54,22 @@ def _change_build(manager: Any, options: OrtOptions, name: str) -> None:
     function = manager._forward_class
 
     def with_our_settings() -> Any:
-        session_options, *rest = session_config()
+        session_options, providers, provider_options = session_config()
         session.configure(session_options, options)
-        return (session_options, *rest)
+        if gpu_passes.PROVIDER in providers:
+            provider_options[0] |= gpu_passes.provider_options()
+        return session_options, providers, provider_options
 
     def with_scalars(config: Any) -> None:
         build_graph(config)
         output_gradients.accept_scalars(manager)
 
     def without_leftovers() -> None:
-        create_session()
+        is_on_gpu = manager._device.type == "cuda"
+        with gpu_passes.on_device(manager._device) if is_on_gpu else contextlib.nullcontext():
+            create_session()
+        if is_on_gpu:
+            gpu_passes.guard(manager._execution_agent, manager._device)
         backward.check(manager, function, name)
         leftovers.release(manager)
 

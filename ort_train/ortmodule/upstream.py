@@ -27,7 +27,7 @@ import torch.utils.checkpoint
 from ort_train.errors import BackendUnavailableError, UnsupportedModelError
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.export import exporter, functions, stop_gradient
-from ort_train.ortmodule.kernels import aten, attention_kernels
+from ort_train.ortmodule.kernels import aten, attention_kernels, gpu_memory
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.patching import replaced
 
@@ -118,16 +118,20 @@ def _without_build_tools() -> Iterator[None]:
 def _provide_extensions() -> None:
     """Put stand-ins where ORTModule looks for its compiled extensions.
 
-    The ATen executor is ours (aten.py). The PythonOp helpers are empty until
-    `compiled_extensions` asks for them.
+    The ATen executor (aten.py) and the GPU allocator (gpu_memory.py) are ours. The PythonOp helpers
+    are empty until `compiled_extensions` asks for them.
     """
     interop = types.SimpleNamespace(
         clear_all_grad_fns=lambda: None,
         get_custom_function_forward_runner=lambda: 0,
         get_custom_function_backward_runner=lambda: 0,
     )
-    sys.modules.setdefault(f"{_EXTENSIONS_PACKAGE}.aten_op_executor", aten.executor)  # type: ignore[arg-type]
-    sys.modules.setdefault(f"{_EXTENSIONS_PACKAGE}.torch_interop_utils", interop)  # type: ignore[arg-type]
+    for name, stand_in in (
+        ("aten_op_executor", aten.executor),
+        ("torch_gpu_allocator", gpu_memory.allocator),
+        ("torch_interop_utils", interop),
+    ):
+        sys.modules.setdefault(f"{_EXTENSIONS_PACKAGE}.{name}", stand_in)  # type: ignore[arg-type]
 
 
 def _silence_nvtx() -> None:

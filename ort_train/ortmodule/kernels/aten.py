@@ -373,7 +373,8 @@ _is_tensor_callback = _IsTensorArgument(_is_tensor_argument)
 _execute_callback = _ExecuteOperator(_execute)
 
 
-def _address(callback: Any) -> int:
+def address_of(callback: Any) -> int:
+    """Of a ctypes callback, as a number."""
     address = ctypes.cast(callback, ctypes.c_void_p).value
     assert address is not None
     return address
@@ -381,6 +382,6 @@ def _address(callback: Any) -> int:
 
 #: Stands in for upstream's compiled module `aten_op_executor`, with its two functions.
 executor = SimpleNamespace(
-    is_tensor_argument_address=lambda: _address(_is_tensor_callback),
-    execute_aten_operator_address=lambda: _address(_execute_callback),
+    is_tensor_argument_address=lambda: address_of(_is_tensor_callback),
+    execute_aten_operator_address=lambda: address_of(_execute_callback),
 )
