@@ -56,6 +56,16 @@ def share_cores() -> None:
         torch.set_num_threads(cores_per_rank())
 
 
+def take_device() -> None:
+    """Make this rank's GPU the current one, where there are any: 4-bit weights are loaded onto it,
+    before transformers' TrainingArguments would do the same."""
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        # As accelerate does: a rank may see its own GPU alone.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
 def accumulation_steps(
     global_batch_size: int | None, micro_batch_size: int, given_steps: int, num_ranks: int
 ) -> int:

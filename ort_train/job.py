@@ -50,6 +50,7 @@ def run(config: RunConfig) -> JobResult:
         StoppedBySignal: on all ranks, after the checkpoint that a signal asked for.
     """
     distributed.share_cores()
+    distributed.take_device()
     check(config)
     distributed.check_port()
     resume_from = run_folder.prepare(config)

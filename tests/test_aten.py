@@ -335,3 +335,27 @@ def test_poison_is_a_type_that_onnx_runtime_refuses():
     head = ctypes.cast(pointer, ctypes.POINTER(aten._DLTensor)).contents
     assert head.dtype_code == aten._POISON_DTYPE_CODE
     assert head.dtype_bits == 32
+
+
+@pytest.mark.parametrize(
+    ("operator", "on_the_cpu"),
+    [
+        ("ort_train::pack_rows", {2}),
+        ("ort_train::unpack_rows", {2}),
+        ("ort_train::dequantize_4bit", {3, 4, 5, 6, 10}),
+        ("embedding_backward", {2, 3, 4, 5}),
+        ("ort_train::unsliced_rows", {1, 2, 3}),  # torch's dispatcher knows it by its schema
+    ],
+)
+def test_a_graph_on_a_gpu_has_numbers_on_the_cpu(operator: str, on_the_cpu: set[int]) -> None:
+    """ONNX Runtime asks for each input, and puts there what isn't a tensor. Read from the GPU, each
+    number would wait for all of its work."""
+    is_tensor = aten.executor.is_tensor_argument_address()
+    ask = aten._IsTensorArgument(is_tensor)
+    count = 11 if operator.endswith("4bit") else 4 if "unsliced" in operator else 6
+    if operator.endswith("pack_rows"):
+        count = 3
+    answers = [ask(operator.encode(), b"", index, True) for index in range(count)]
+    assert {index for index, answer in enumerate(answers) if not answer} == on_the_cpu
+    assert ask(operator.encode(), b"", 0, False)
+    aten.raise_pending()

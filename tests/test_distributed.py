@@ -53,6 +53,19 @@ def test_a_chosen_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.parametrize(("num_gpus", "taken"), [(4, 3), (1, 0)])  # its own alone, as with Slurm
+def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, num_gpus: int, taken: int) -> None:
+    found: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    distributed.take_device()
+    assert not found  # there is none
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    distributed.take_device()
+    assert found == [taken]
+
+
 def _train(launcher: list[str], folder: Path, wikitext: Path, micro_batch_size: int) -> Path:
     """Eight steps of the tiny quickstart; returns the run's folder."""
     command = [

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from trained_graphs import manager_of
+from trained_graphs import engines, manager_of
 
-from ort_train import wrap
+from ort_train import OrtOptions, wrap
 from ort_train.errors import BackendUnavailableError, UnsupportedModelError
 from ort_train.ortmodule import gpu_passes
+from ort_train.ortmodule.call import describe_call
+from ort_train.ortmodule.engine import Engine
 from ort_train.ortmodule.kernels import aten, gpu_memory
 
 GPU = torch.device("cuda:1")
@@ -148,3 +150,24 @@ def test_a_pass_on_another_stream_is_refused(gpu):
 def test_a_session_that_fell_back_to_the_cpu_is_refused():
     with pytest.raises(BackendUnavailableError, match=r"CPUExecutionProvider for .* cuda:1"):
         gpu_passes.guard(agent(lambda: None, "CPUExecutionProvider"), GPU)
+
+
+def test_a_graph_serves_calls_under_the_autocast_that_it_was_traced_under(gpu):
+    """A trace writes autocast's types into the graph."""
+    model = wrap(torch.nn.Linear(3, 2), backend="ort")
+    model(torch.ones(4, 3)).sum().backward()
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        model(torch.ones(4, 3)).sum().backward()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    model(torch.ones(5, 3)).sum().backward()
+    assert len(engines(model)) == 2
+
+
+def test_a_number_of_a_call_leaves_its_module_on_the_gpu():
+    schema, _ = describe_call((), {"num_items_in_batch": 3})
+    module = torch.nn.Linear(3, 2)
+    assert Engine(module, module.forward, schema, OrtOptions())._is_on_cpu
+    module.weight = torch.nn.Parameter(module.weight.to("meta"))  # any device but the CPU
+    assert not Engine(module, module.forward, schema, OrtOptions())._is_on_cpu

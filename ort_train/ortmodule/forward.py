@@ -105,7 +105,7 @@ class OrtForward:
         state = self._read_state()
         if not state.is_trained and not any(t.requires_grad for t in tensors):
             return self.original(*args, **kwargs)  # there is nothing to train, in eager neither
-        key = (schema, state.key, self._are_logits_read, size_pattern(tensors))
+        key = (schema, state.key, _gpu_autocast(), self._are_logits_read, size_pattern(tensors))
         key = self._key_of_fitting(key, tensors)
         engine = self.engines.get(key)
         if engine is not None and engine.awaits_backward:
@@ -279,6 +279,11 @@ def _asks_for_cache(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     if asked is None:
         asked = getattr(getattr(module, "config", None), "use_cache", False)
     return bool(asked)
+
+
+def _gpu_autocast() -> torch.dtype | None:
+    """The type that autocast computes in on GPUs, which a trace writes into its graph, or None."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 @contextlib.contextmanager

@@ -235,16 +235,23 @@ def aten_node(operator: str, inputs: Sequence[str], outputs: Sequence[str], name
 #: Functions of ours that an ATen node runs without torch's dispatcher, which costs more than a
 #: small product: tensors in, a tensor or a tuple of them out.
 _direct: dict[bytes, Callable[..., Any]] = {}
+#: Which of their inputs are numbers.
+_numbers: dict[bytes, frozenset[int]] = {}
 
 
-def direct(name: str) -> Callable[[_Function], _Function]:
+def direct(name: str, numbers: Iterable[int] = ()) -> Callable[[_Function], _Function]:
     """Have ATen nodes whose operator has this name run the function.
 
     It takes tensors, None for an absent one, and returns a tensor or a tuple of them.
+
+    Args:
+        numbers: positions of the inputs that the function reads as numbers. They are on the CPU in
+            a graph on a GPU, too, where each reading would wait for all that the GPU has to do.
     """
 
     def keep(function: _Function) -> _Function:
         _direct[name.encode()] = function
+        _numbers[name.encode()] = frozenset(numbers)
         return function
 
     return keep
@@ -294,7 +301,7 @@ def _drop(pointers: Iterable[int | None]) -> None:
 
 def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool) -> bool:
     if name in _direct:
-        return True
+        return not (is_input and index in _numbers[name])
     try:
         op = _operator(name, overload)
         return op.are_tensors[index] if is_input else op.return_kinds[index] == "TensorType"

@@ -179,12 +179,12 @@ def _unpacked(input: torch.Tensor, rows: torch.Tensor, grid: list[int]) -> torch
 
 
 # In a graph they run without torch's dispatcher, which takes twice as long as they do.
-@direct(PACK_ROWS)
+@direct(PACK_ROWS, numbers=[2])
 def _run_pack_rows(input: torch.Tensor, rows: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     return _packed(input, rows, grid.tolist())
 
 
-@direct(UNPACK_ROWS)
+@direct(UNPACK_ROWS, numbers=[2])
 def _run_unpack_rows(input: torch.Tensor, rows: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     return _unpacked(input, rows, grid.tolist())
 

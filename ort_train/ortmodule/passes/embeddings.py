@@ -108,4 +108,4 @@ def add_to_products(graph: Any, is_product: Callable[[Any], bool]) -> None:
 @functools.cache
 def register() -> None:
     """With the ATen executor, for the life of the process."""
-    direct(_GRADIENT)(_gradient)
+    direct(_GRADIENT, numbers=[2, 3, 4, 5])(_gradient)

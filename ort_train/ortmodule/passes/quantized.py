@@ -131,7 +131,7 @@ def _kernel(quant_type: int, dtype: torch.dtype) -> Callable[..., None] | None:
     return decode if torch.equal(found, expected) else None
 
 
-@direct(DECODE)
+@direct(DECODE, numbers=[3, 4, 5, 6, 10])
 def _decode(
     like: torch.Tensor,
     packed: torch.Tensor,
