@@ -125,6 +125,13 @@ def check_onnxruntime() -> Iterator[Check]:
             f"{listed}: the patches that it needs on today's torch are written for 1.19.2",
             _REINSTALL,
         )
+    elif (other := _shadowing_onnxruntime(training)) is not None:
+        yield Check(
+            "onnxruntime",
+            "problem",
+            f"{listed}, but {other} is imported in its place",
+            f"take {other.parent} off PYTHONPATH, or start from another folder",
+        )
     elif not _has_ortmodule():
         yield Check(
             "onnxruntime",
@@ -136,9 +143,25 @@ def check_onnxruntime() -> Iterator[Check]:
         yield Check("onnxruntime", "ok", listed)
 
 
-def _has_ortmodule() -> bool:
+def _onnxruntime_folder() -> Path | None:
+    """Where Python finds the package that would be imported."""
     spec = importlib.util.find_spec("onnxruntime")
-    folder = Path(spec.origin).parent if spec and spec.origin else None
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _shadowing_onnxruntime(distribution: str) -> Path | None:
+    """A folder of that name which stands before the installed one on Python's path."""
+    folder = _onnxruntime_folder()
+    try:
+        installed = Path(str(importlib.metadata.distribution(distribution).locate_file("")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    is_other = folder is not None and folder.parent.resolve() != installed.resolve()
+    return folder if is_other else None
+
+
+def _has_ortmodule() -> bool:
+    folder = _onnxruntime_folder()
     return folder is not None and (folder / "training/ortmodule/ortmodule.py").is_file()
 
 

@@ -95,6 +95,9 @@ def _print_table(findings: list[Check]) -> None:
     for check in findings:
         colour = _COLOURS[check.status]
         table.add_row(Text(check.status, colour), Text(check.name, "bold"), Text(check.detail))
+    if not console.is_terminal:  # in a file or a pipe nothing has to be folded
+        wide = console.options.update(width=1000)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
     console.print()
     for check in findings:

@@ -219,3 +219,20 @@ def test_a_python_with_nothing_installed_gets_its_findings():
     assert "problem  onnxruntime: installed: none" in result.stdout
     assert "No module named 'torch'" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_an_onnxruntime_that_comes_first_is_named(tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = checks.check_onnxruntime()
+    assert found.status == "problem"
+    assert f"{tmp_path / 'onnxruntime'} is imported in its place" in found.detail
+    assert f"take {tmp_path} off PYTHONPATH" in found.remedy
+
+
+def test_nothing_is_folded_in_a_pipe(capsys):
+    detail = "long " * 40
+    doctor._print_table([Check("one", "ok", detail)])
+    assert detail.strip() in capsys.readouterr().out
