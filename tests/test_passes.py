@@ -300,6 +300,38 @@ def test_what_is_no_model(biased: Path, tmp_path: Path) -> None:
         optimize.optimize_path(biased, biased, ["nop"])
 
 
+def test_inputs_that_random_numbers_dont_fit_are_named(tmp_path: Path) -> None:
+    def made(name: str, nodes: list[Any], *inputs: Any) -> Path:
+        output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+        graph = helper.make_graph(nodes, "graph", inputs, [output], [initializer("w", 4, 4)])
+        opsets = [helper.make_opsetid("", 17)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / name)
+        return tmp_path / name
+
+    index = helper.make_tensor_value_info("i", TensorProto.INT64, [])
+    several = helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, [4])
+    nodes = [
+        helper.make_node("SequenceAt", ["x", "i"], ["one"]),
+        helper.make_node("Identity", ["one"], ["same"]),
+        helper.make_node("Relu", ["same"], ["y"]),
+    ]
+    sequence = made("seq.onnx", nodes, several, index)
+    with pytest.raises(ModelError, match="input x is no tensor"):
+        passes.optimize(sequence, ["eliminate_identity"])
+    nodes = [
+        helper.make_node("Identity", ["x"], ["z"]),
+        helper.make_node("MatMul", ["z", "w"], "y"),
+    ]
+    bare = helper.make_tensor_value_info("x", TensorProto.FLOAT, None)
+    with pytest.raises(ModelError, match="export it with a shape of the input x, which has none"):
+        passes.optimize(made("bare.onnx", nodes, bare), ["eliminate_identity"])
+
+
+def test_a_place_that_no_file_can_be_made_in_is_told(biased: Path) -> None:
+    with pytest.raises(ModelError, match=r"'/proc/none/x\.onnx' can't be written"):
+        optimize.optimize_path(biased, "/proc/none/x.onnx", ["eliminate_identity"])
+
+
 def test_all_passes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["optimize", "--list"]) == 0
     listed = capsys.readouterr().out.splitlines()

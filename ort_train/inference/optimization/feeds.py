@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ort_train.errors import ModelError
+
 if TYPE_CHECKING:
     from onnx import ModelProto
 
@@ -30,7 +32,10 @@ def random_feeds(
         length: of all other symbolic dimensions; those named after the past are 0.
 
     Returns:
-        One array for each input of the graph.
+        One array for each input of the graph; a scalar where it has no shape.
+
+    Raises:
+        ModelError: an input is a sequence or a map.
     """
     from onnx import helper
 
@@ -41,6 +46,11 @@ def random_feeds(
     for value in model.graph.input:
         if value.name in initializers or value.name in skip:
             continue
+        if not value.type.HasField("tensor_type"):
+            raise ModelError(
+                f"input {value.name} is no tensor, and random inputs to compare with are tensors: "
+                "make the model's inputs tensors"
+            )
         tensor = value.type.tensor_type
         shape = [_size(dim, sizes or {}, batch, length) for dim in tensor.shape.dim]
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from ort_train.errors import ConfigError, ModelError
@@ -47,25 +46,27 @@ def optimize_path(
     check_out(source, out)
     optimized = passes.optimize(source, names, sizes)
     page = _page(optimized, source.name, block)
-    with ExitStack() as stack:
-        if source.is_dir():
-            from ort_train.inference.folder import staged as staged_folder
+    if source.is_dir():
+        from ort_train.inference.folder import staged as staged_folder
 
-            staged = stack.enter_context(staged_folder(out))
+        with staged_folder(out) as staged:
             for path in sorted(source.iterdir()):
                 if path.is_file() and path.name not in _MODEL_FILES:
                     shutil.copy2(path, staged / path.name)
             passes.save(optimized, file, staged / onnx_files.MODEL_FILE)
             (staged / PAGE_FILE).write_text(page, encoding="utf-8")
-            return optimized, out / PAGE_FILE
+        return optimized, out / PAGE_FILE
+    try:
         # The data file's name is in the model's, so both are written in a folder of their own.
-        staged = stack.enter_context(onnx_files.scratch_folder(out.parent))
-        passes.save(optimized, file, staged / out.name)
-        for path in staged.iterdir():
-            path.replace(out.parent / path.name)
-    page_file = out.with_suffix(".html")
-    with replacing(page_file) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        with onnx_files.scratch_folder(out.parent) as staged:
+            passes.save(optimized, file, staged / out.name)
+            for path in staged.iterdir():
+                path.replace(out.parent / path.name)
+        page_file = out.with_suffix(".html")
+        with replacing(page_file) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{str(out)!r} can't be written: {error}") from error
     return optimized, page_file
 
 

@@ -324,9 +324,16 @@ class _Graph:
         try:
             return session.run(None, {name: everything[name] for name in taken})
         except Exception as error:
+            way = "give the sizes of its symbolic dimensions with --dim NAME=SIZE"
+            bare = [
+                value.name
+                for value in self.original.graph.input
+                if value.name in feeds and not value.type.tensor_type.HasField("shape")
+            ]
+            if bare:
+                way = f"export it with a shape of the input {bare[0]}, which has none"
             raise ModelError(
-                f"{self.file.name} doesn't run on random inputs ({str(error)[:300]}): give the "
-                "sizes of its symbolic dimensions with --dim NAME=SIZE"
+                f"{self.file.name} doesn't run on random inputs ({str(error)[:300]}): {way}"
             ) from error
 
 
