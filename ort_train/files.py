@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,6 +31,65 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_beside(out: Path, what: str) -> Iterator[Path]:
+    """A folder on the disk of `out`, removed at the end; so are those that killed processes left.
+
+    A folder is locked for as long as its process lives, so that others know which are left over.
+
+    Args:
+        out: what is to be written in the end; the folder's name begins as its does.
+        what: the folder is for.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*-locked"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = out.with_name(f".{out.name}.{what}-{os.getpid()}-{secrets.token_hex(2)}-locked")
+    folder.mkdir()
+    try:
+        with _locked(folder, is_needed=False):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that gets the name `out` when the block ends without an error.
+
+    Raises:
+        FileExistsError: another process has written to `out` meanwhile.
+    """
+    with temporary_beside(out, "incomplete") as folder:
+        yield folder
+        try:
+            os.rename(folder, out)  # only an empty folder gives way
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise FileExistsError("another process has written there meanwhile") from error
+
+
+@contextmanager
+def _locked(folder: Path, is_needed: bool = True) -> Iterator[None]:
+    """Hold a folder's lock.
+
+    Raises:
+        OSError: another process holds it; or the file system has no locks, and one is needed.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if is_needed:
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def new_folder_obstacle(folder: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ort_train import checkpoints, fingerprint, quantization
 from ort_train.config import RunConfig
 from ort_train.errors import CheckpointError, ModelError
-from ort_train.files import new_folder_obstacle
+from ort_train.files import new_folder, new_folder_obstacle
 from ort_train.recipes import load_recipe
 from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
@@ -58,14 +57,9 @@ def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
     adapted = _attach(model, adapter)
     untie_adapted_head(adapted)
     merged: Any = adapted.merge_and_unload(safe_merge=True)
-    staged = out.parent / f".{out.name}.incomplete"
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    with new_folder(out) as staged:
         merged.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        checkpoints.publish(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     name = config.model.name_or_path or f"{config.model.architecture} of the run's seed"
     return f"merged the adapter of {run} into the {base} weights of {name}: {out}"
 

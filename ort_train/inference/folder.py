@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,11 +37,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ort_train import checkpoints
 from ort_train.errors import ExportError
-from ort_train.files import new_folder_obstacle
+from ort_train.files import new_folder, new_folder_obstacle, temporary_beside
 
 if TYPE_CHECKING:
     import onnx
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 SCHEMA = 1
 MODEL_FILE = "model.onnx"
@@ -50,6 +49,7 @@ DATA_FILE = "model.onnx.data"
 INFO_FILE = "ort_train_export.json"
 #: Not copied from one exported folder to another: each writes its own.
 OWN_FILES = (MODEL_FILE, DATA_FILE, INFO_FILE)
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "*.spm", "*merges*", "*bpe*")
 _NEEDED = (MODEL_FILE, INFO_FILE, "config.json")
 
 
@@ -144,10 +144,39 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     from ort_train.data.tokenizer import knows_text
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        if any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+            raise
+        # What transformers makes of it speaks of converters.
+        raise ExportError("it has no tokenizer's files") from error
     if not knows_text(tokenizer):
         raise ExportError("it has no tokenizer's files")
     return tokenizer
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """transformers' defaults of generation in a folder; None where it has none.
+
+    Keys that transformers doesn't know, and so ignores, are left out.
+
+    Raises:
+        ExportError: the file is damaged.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        known = vars(GenerationConfig())
+        return GenerationConfig(**{n: value for n, value in content.items() if n in known})
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(
+            f"{str(file)!r} can't be read ({error}): mend it, or remove it for the defaults"
+        ) from error
 
 
 def load_folder(folder: str | Path) -> ExportedModel:
@@ -215,18 +244,29 @@ def staged(out: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """
     out = check_out(out)
     checkpoints.check_room(out, num_bytes, "the exported model")
-    folder = out.parent / f".{out.name}.incomplete-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
+    with _told(out), new_folder(out) as folder:
         yield folder
-        checkpoints.publish(folder, out)
+
+
+@contextlib.contextmanager
+def scratch(out: Path, what: str) -> Iterator[Path]:
+    """A folder on the disk of `out`, which has room for models, removed at the end.
+
+    Raises:
+        ExportError: it can't be made, or written to.
+    """
+    with _told(out), temporary_beside(out, what) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ExportError(
             f"{str(out)!r} isn't written, and nothing of it is kept: {error}"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_out(out: str | Path) -> Path:

@@ -125,6 +125,8 @@ def fused_obstacle(config: PretrainedConfig) -> str | None:
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type not in _STATIC_ROPE:
         return f"its rotary embedding {rope_type!r} changes with the length of the sequence"
+    if 1 in windows(config):
+        return "its window is a single key, which GroupQueryAttention doesn't know"
     if config.hidden_act not in ACTIVATIONS:
         return f"its activation {config.hidden_act!r} is none of {', '.join(ACTIVATIONS)}"
     if getattr(config, "qk_layernorm", False):
@@ -163,12 +165,18 @@ def plan(config: PretrainedConfig) -> DecoderPlan:
     )
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for; None: no limit but memory."""
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((n for name in names if (n := getattr(config, name, None)) is not None), None)
+
+
 def windows(config: PretrainedConfig) -> list[int | None]:
     """Of each layer, the keys that a query sees, itself included; None: all before it."""
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
-    types: Any = getattr(config, "layer_types", None)
+    types: Any = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if types is not None:
-        return [window if kind == "sliding_attention" else None for kind in types]
+        return [window if kind in ("sliding_attention", "local") else None for kind in types]
     return [window] * config.num_hidden_layers
 
 

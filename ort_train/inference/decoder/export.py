@@ -8,7 +8,6 @@ import gc
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +21,9 @@ from ort_train.inference.folder import (
     check_out,
     load_folder,
     load_graph,
+    read_generation_config,
     read_tokenizer,
+    scratch,
     staged,
     write_info,
 )
@@ -75,6 +76,7 @@ def export_model(
         return _export_quantized(source, out, precision, graph, say, show_progress)
     with _transformers_folder(Path(source).expanduser(), out, say) as folder:
         config = _load_config(folder)
+        read_generation_config(folder)  # a damaged one is told before the work
         kind = _choose(config, graph, precision, say)
         num_bytes = _weight_bytes(folder, config, precision)
         with staged(out, num_bytes) as staging:
@@ -95,7 +97,7 @@ def _export_quantized(
     from ort_train.inference.text import make_rows
 
     scheme = Scheme("int8" if precision == "int8" else "int4")
-    with _temporary_beside(out, "fp32") as temporary:
+    with scratch(out, "fp32") as temporary:
         whole = export_model(source, temporary / "model", "fp32", graph, say, show_progress)
         rows = make_rows(whole)
         report = quantize_folder(whole.path, out, scheme, ids_BT=rows.ids_BT)
@@ -185,7 +187,7 @@ def _transformers_folder(source: Path, out: Path, say: Callable[[str], Any]) -> 
             return
         from ort_train.merge import merge
 
-        with _temporary_beside(out, "merged") as temporary:
+        with scratch(out, "merged") as temporary:
             merge(source, temporary / "model")
             say(f"merged the adapter of {source} into its base")
             yield temporary / "model"
@@ -203,20 +205,12 @@ def _transformers_folder(source: Path, out: Path, say: Callable[[str], Any]) -> 
     yield source
 
 
-@contextlib.contextmanager
-def _temporary_beside(out: Path, what: str) -> Iterator[Path]:
-    """A folder on the disk of `out`, which has room for models, removed at the end."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{what}-", dir=out.parent))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _load_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -227,6 +221,11 @@ def _load_config(folder: Path) -> PretrainedConfig:
         config, "is_encoder_decoder", False
     ):
         raise ExportError(f"{name}, which is no causal language model: nothing to generate with")
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_encoder and not getattr(config, "is_decoder", False):
+        raise ExportError(
+            f"{name} that reads both ways (its config has no is_decoder): nothing to generate with"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(
             f"{name} with quantized weights, which a graph doesn't take: export the model it was "

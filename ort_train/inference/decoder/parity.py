@@ -74,7 +74,11 @@ class Reference:
 def reference(
     model: PreTrainedModel, max_positions: int | None, windows: Sequence[int | None]
 ) -> Reference:
-    """Logits of seeded random tokens, in the model's own precision."""
+    """Logits of seeded random tokens, in the model's own precision.
+
+    Raises:
+        ExportError: PyTorch's model doesn't run.
+    """
     import torch
 
     longest = max(_PROMPT_LENGTHS)
@@ -90,8 +94,13 @@ def reference(
     rows, logits = [], []
     for length in lengths:
         row = torch.randint(0, vocab_size, (1, length + steps), generator=generator)
-        with torch.no_grad():
-            output: Any = model.eval()(input_ids=row, use_cache=False)
+        try:
+            with torch.no_grad():
+                output: Any = model.eval()(input_ids=row, use_cache=False)
+        except Exception as error:  # a model's own
+            raise ExportError(
+                f"this {model.config.model_type} doesn't run in PyTorch itself: {error}"
+            ) from error
         rows.append(row[0].tolist())
         logits.append(output.logits[0, length - 1 :].float().numpy().copy())
         del output
@@ -127,7 +136,11 @@ def check(exported: ExportedModel, expected: Reference) -> Parity:
     error = measure(exported, expected)
     # Written so that a NaN, which compares false with everything, is refused.
     if not error <= allowed:
-        advice = "export it with --graph traced, and " if exported.info.kind == "fused" else ""
+        advice = ""
+        if exported.info.kind == "fused":
+            advice = "export it with --graph traced, and "
+        elif "position_ids" not in exported.info.inputs:
+            advice = "the model takes no position_ids, so that padding may move its positions; "
         raise ExportError(
             f"the exported model's logits differ from PyTorch's by {error:.2g}, and {allowed:.2g} "
             f"is allowed: no file is kept; {advice}please report the model's config"

@@ -16,6 +16,11 @@ from ort_train.errors import UnsupportedModelError
 from ort_train.inference.graph import IR_VERSION, MICROSOFT, OPSET, DataWriter
 
 _DOMAINS = ("", "ai.onnx.ml", MICROSOFT)
+# The exporter writes bfloat16 that a model asks for itself (Falcon's ALiBi) as complex128: torch's
+# number of the one type is ONNX's of the other.
+_NO_KERNELS = {
+    onnx.TensorProto.BFLOAT16, onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128,
+}  # fmt: skip
 #: Names of a graph's inputs or outputs, each with its dynamic axes and their names.
 Axes = Mapping[str, Mapping[int, str]]
 
@@ -40,6 +45,8 @@ def write_traced_graph(
     Raises:
         UnsupportedModelError: naming the operators that only a training graph can have.
     """
+    from ort_train.ortmodule.export import stop_gradient
+
     with tempfile.TemporaryDirectory(dir=file.parent) as folder, _trace_scope(module):
         traced = Path(folder) / file.name
         torch.onnx.export(
@@ -55,16 +62,41 @@ def write_traced_graph(
             dynamic_axes={name: dict(axes) for name, axes in {**inputs, **outputs}.items()},
         )
         model = onnx.load(str(traced))
-    if foreign := sorted({n.op_type for n in model.graph.node if n.domain not in _DOMAINS}):
-        raise UnsupportedModelError(
-            f"ONNX Runtime has no operator for {', '.join(foreign)} outside a training graph"
-        )
+    stop_gradient.replace(model.graph)  # there are no gradients here
+    _check(model.graph)
     with DataWriter(data_file, on_write) as data:
         _fill(model.graph, module, set(inputs), data)
     model.ir_version = IR_VERSION
     if not any(opset.domain == MICROSOFT for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
     onnx.save_model(model, str(file))
+
+
+def _check(graph: onnx.GraphProto) -> None:
+    """Refuse what ONNX Runtime can't run, by name.
+
+    Raises:
+        UnsupportedModelError: see `write_traced_graph`.
+    """
+    if foreign := sorted({_operator(n) for n in graph.node if n.domain not in _DOMAINS}):
+        raise UnsupportedModelError(
+            f"ONNX Runtime has no operator for {', '.join(foreign)} outside a training graph"
+        )
+    types = {a.i for n in graph.node if n.op_type == "Cast" for a in n.attribute}
+    if types & _NO_KERNELS:
+        raise UnsupportedModelError(
+            "it computes in bfloat16 or in complex numbers, which ONNX Runtime's CPU kernels don't"
+        )
+
+
+def _operator(node: onnx.NodeProto) -> str:
+    """What a node computes; one of torch's, by torch's name."""
+    from ort_train.ortmodule.kernels.aten import operator_name
+
+    name = operator_name(node)
+    if name == "ort_train::grouped_linear":
+        return f"{name} (the products of a mixture of experts)"
+    return name
 
 
 @contextlib.contextmanager

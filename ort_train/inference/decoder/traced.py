@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ort_train.errors import ExportError, OrtTrainError, UnsupportedModelError
-from ort_train.inference.decoder.architectures import windows
+from ort_train.inference.decoder.architectures import max_positions, windows
 from ort_train.inference.decoder.trace import write_traced_graph
 from ort_train.inference.folder import DATA_FILE, MODEL_FILE, cache_names
 from ort_train.inference.graph import OPSET
@@ -82,7 +82,7 @@ def write_traced(
         "num_kv_heads": keys[0].shape[1],
         "head_dim": keys[0].shape[3],
         "vocab_size": config.vocab_size,
-        "max_positions": getattr(config, "max_position_embeddings", None),
+        "max_positions": max_positions(config),
         "sliding_windows": windows(config),
     }
 
