@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import FUSED, MAX_POSITIONS, TRACED, VOCAB_SIZE, save_decoder
-from transformers import BatchEncoding, GenerationConfig, StoppingCriteriaList
+from transformers import BatchEncoding, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ort_train.cli import main
 from ort_train.errors import ExportError, GenerationError
@@ -135,6 +135,34 @@ def test_options_mean_what_they_do_in_transformers(pair: Pair, options: dict[str
     assert torch.equal(ours[:, 12:], want)
 
 
+def test_a_processor_of_the_caller_comes_before_the_cuts(pair: Pair) -> None:
+    def raised(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_add(1, torch.tensor([9, 10, 11]), torch.full((len(ids), 3), 50.0))
+
+    prompts = batch("left", 12, 5)
+    options: dict[str, Any] = {"do_sample": True, "top_k": 3, "temperature": 5.0}
+    options["logits_processor"] = LogitsProcessorList([raised])
+    torch.manual_seed(7)
+    want = expected(pair.model, prompts, **options)
+    ours = pair.generator.generate(**prompts, max_new_tokens=NEW_TOKENS, seed=7, **options)
+    assert torch.equal(ours[:, 12:], want)
+    assert len(want.unique()) == 3
+
+
+def test_without_sampling_its_options_are_not_read(pair: Pair) -> None:
+    plain = pair.generator.generate([[5, 6]], do_sample=False)
+    options = {"do_sample": False, "temperature": 0.0, "top_k": -1, "top_p": 1.5}
+    assert torch.equal(pair.generator.generate([[5, 6]], **options), plain)
+
+
+def test_ends_of_a_text_may_be_a_tensor(pair: Pair) -> None:
+    prompts = batch("left", 12, 5)
+    want = expected(pair.model, prompts, do_sample=False, eos_token_id=[1, 9])
+    options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": torch.tensor([1, 9])}
+    ours = pair.generator.generate(**prompts, do_sample=False, **options)
+    assert torch.equal(ours[:, 12:], want)
+
+
 def test_options_of_transformers_that_change_nothing_are_let_pass(pair: Pair) -> None:
     plain = pair.generator.generate([[5, 6]])
     options = {"num_beams": 1, "use_cache": True, "return_dict_in_generate": False}
@@ -219,6 +247,14 @@ def test_defaults_come_from_the_folder(pair: Pair, tmp_path: Path) -> None:
     (folder / "generation_config.json").unlink()
     generator = OrtGenerator(folder, num_threads=1)
     assert generator.generate(**prompts, eos_token_id=None).shape == (1, 32)  # transformers' 20
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 3, "chat_format": "raw"}')
+    generator = OrtGenerator(folder, num_threads=1)
+    assert generator.generate(**prompts, eos_token_id=None).shape == (1, 15)
+    with pytest.raises(GenerationError, match="the generation config has max_token=3"):
+        generator.generate(**prompts, generation_config=GenerationConfig(max_token=3))
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ExportError, match="can't be read"):
+        OrtGenerator(folder, num_threads=1).generate(**prompts)
     GenerationConfig(num_beams=4).save_pretrained(folder)
     with pytest.raises(GenerationError, match="the generation config has num_beams=4"):
         OrtGenerator(folder, num_threads=1).generate(**prompts)
@@ -236,8 +272,15 @@ def _folder(pair: Pair) -> Path:
         ({"forced_eos_token_id": 1}, "doesn't take forced_eos_token_id"),
         ({"max_new_token": 3}, "doesn't take max_new_token"),
         ({"temperature": 0.0, "do_sample": True}, "temperature 0.0 should be above 0"),
-        ({"top_p": 1.5}, "top_p 1.5 should be above 0 and at most 1"),
-        ({"top_k": -1}, "top_k -1 should be"),
+        ({"top_p": 1.5, "do_sample": True}, "top_p 1.5 should be from 0 to 1"),
+        ({"top_k": -1, "do_sample": True}, "top_k -1 should be"),
+        ({"temperature": "hot", "do_sample": True}, "temperature 'hot' should be above 0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size -1 should be 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens 2.5 should be a whole number"),
+        ({"max_new_tokens": "5"}, "max_new_tokens '5' should be a whole number"),
+        ({"eos_token_id": "x"}, "eos_token_id 'x' should be a token's number"),
+        ({"stop_strings": ["a", ""]}, r"stop_strings \['a', ''\] should be texts of one"),
+        ({"bad_words_ids": [5]}, "`bad_words_ids` has to be a list of lists"),
         ({"repetition_penalty": -1.0}, "repetition_penalty -1.0 should be above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 should be 1 or more"),
         ({"max_length": 2}, "max_length 2 is no longer than the prompt's 2 tokens"),
@@ -274,6 +317,8 @@ def test_options_that_cant_be_are_refused(
         ),
         ({"inputs": [[5]], "attention_mask": torch.ones(1, 1)}, "leave out attention_mask"),
         ({"inputs": torch.tensor([[5, 6], [PAD, PAD]])}, "a prompt has no token"),
+        ({"inputs": torch.tensor([[5.7, 6.0]])}, "are whole numbers, and these are torch.float32"),
+        ({"inputs": [[5.7]]}, "should be a tensor"),
         ({"inputs": [5, 6]}, r"not this list: \[\[5, 6\]\] is one row"),
         ({"inputs": BatchEncoding({"input_ids": [[5]]})}, r"goes in as generate\(\*\*inputs\)"),
         (

@@ -6,6 +6,7 @@ Shapes as suffixes: B rows of the batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from ort_train.errors import GenerationError
-from ort_train.inference.folder import load_folder
+from ort_train.inference.folder import load_folder, read_generation_config
 from ort_train.inference.generation.sampling import (
     Sampling,
     make_processors,
@@ -65,10 +66,7 @@ class OrtGenerator:
         """Defaults of `generate`: generation_config.json, special tokens from config.json."""
         from transformers import GenerationConfig
 
-        try:
-            found = GenerationConfig.from_pretrained(self._session.model.path)
-        except OSError:
-            found = GenerationConfig()
+        found = read_generation_config(self._session.model.path) or GenerationConfig()
         text_config = self.config.get_text_config()
         for name in ("eos_token_id", "pad_token_id"):
             if getattr(found, name) is None:
@@ -95,7 +93,8 @@ class OrtGenerator:
             inputs: token ids (B, T), padded on either side; or a list of rows without padding.
             attention_mask: (B, T), 1 for the tokens of a row and 0 for its padding. None: what is
                 `pad_token_id` is padding, unless that ends a text, too: then none is.
-            logits_processor: applied after the options' own.
+            logits_processor: applied where transformers does: after penalties and bans, before
+                temperature and the cuts of sampling.
             stopping_criteria: asked after each token.
             streamer: gets the prompt, then each token.
             input_ids: `inputs`, by its other name.
@@ -121,8 +120,7 @@ class OrtGenerator:
         sampling = resolve(config, width, longest, self.info.max_positions)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         ids_BT, starts = _left_padded(prompts, sampling)
-        processors = make_processors(sampling, ids_BT[:, :longest], starts)
-        processors.extend(logits_processor or ())
+        processors = make_processors(sampling, ids_BT[:, :longest], starts, logits_processor or ())
         criteria = self._criteria(sampling, stopping_criteria, tokenizer)
         if given_BT is None:
             given_BT = ids_BT[:, :longest]
@@ -193,7 +191,7 @@ def _rows(
         if attention_mask is not None:
             raise GenerationError("a list of rows has no padding: leave out attention_mask")
         try:
-            rows = [list(map(int, row)) for row in inputs]
+            rows = [list(map(operator.index, row)) for row in inputs]
         except (TypeError, ValueError) as error:
             raise GenerationError(
                 "token ids should be a tensor (batch, tokens) or a list of rows, not this "
@@ -204,6 +202,10 @@ def _rows(
         return None, rows
     if inputs.dim() != 2:
         raise GenerationError(f"token ids of shape {tuple(inputs.shape)} should be (batch, tokens)")
+    if inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool:
+        raise GenerationError(f"token ids are whole numbers, and these are {inputs.dtype}")
+    if attention_mask is not None:
+        attention_mask = torch.as_tensor(attention_mask)
     if attention_mask is None:
         rows = [[token for token in row if token != padding_token] for row in inputs.tolist()]
     elif attention_mask.shape != inputs.shape:

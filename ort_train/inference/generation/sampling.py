@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from ort_train.errors import GenerationError
@@ -38,6 +39,19 @@ _NEUTRAL: dict[str, float] = {
     "eta_cutoff": 0.0,
     "diversity_penalty": 0.0,
     "encoder_no_repeat_ngram_size": 0,
+}
+_WHOLE_NUMBERS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "pad_token_id")
+# Numbers, by name: whether only sampling reads them, what holds for them, and that in words.
+_RULES: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
+    "temperature": (True, lambda v: v > 0, "above 0 (for greedy decoding set do_sample=False)"),
+    "top_k": (True, lambda v: v >= 0, "0 (no limit) or more"),
+    "top_p": (True, lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "min_p": (True, lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "typical_p": (True, lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "repetition_penalty": (False, lambda v: v > 0, "above 0"),
+    "no_repeat_ngram_size": (False, lambda v: v >= 0, "0 (no limit) or more"),
+    "min_length": (False, lambda v: v >= 0, "0 or more"),
+    "min_new_tokens": (False, lambda v: v >= 0, "0 or more"),
 }
 _DEFAULT_NEW_TOKENS = 20  # transformers'
 _DEFAULT_TOP_K = 50  # transformers'
@@ -120,14 +134,30 @@ def resolve(
 
 
 def make_processors(
-    sampling: Sampling, prompt_ids: torch.Tensor, starts: torch.Tensor
+    sampling: Sampling,
+    prompt_ids: torch.Tensor,
+    starts: torch.Tensor,
+    given: Sequence[Any] = (),
 ) -> LogitsProcessorList:
     """transformers' processors, in the order in which its generate applies them.
 
     Args:
         prompt_ids: (B, T), padded on the left.
         starts: (B,), where each row's own tokens begin.
+        given: the caller's, which come before temperature and the cuts of sampling.
+
+    Raises:
+        GenerationError: a value that a processor doesn't take.
     """
+    try:
+        return _make_processors(sampling, prompt_ids, starts, given)
+    except (TypeError, ValueError) as error:
+        raise GenerationError(f"transformers' own check: {error}") from error
+
+
+def _make_processors(
+    sampling: Sampling, prompt_ids: torch.Tensor, starts: torch.Tensor, given: Sequence[Any]
+) -> LogitsProcessorList:
     import torch
     import transformers as tf
 
@@ -137,7 +167,9 @@ def make_processors(
     if config.repetition_penalty not in (None, 1.0):
         # Padding isn't repeated text.
         ignored = {"prompt_ignore_length": starts} if bool(starts.any()) else {}
-        processors.append(tf.RepetitionPenaltyLogitsProcessor(config.repetition_penalty, **ignored))
+        processors.append(
+            tf.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty), **ignored)
+        )
     if config.no_repeat_ngram_size:
         processors.append(tf.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.bad_words_ids is not None:
@@ -148,6 +180,7 @@ def make_processors(
         processors.append(tf.MinNewTokensLengthLogitsProcessor(width, config.min_new_tokens, eos))
     if config.suppress_tokens is not None:
         processors.append(tf.SuppressTokensLogitsProcessor(config.suppress_tokens))
+    processors.extend(given)
     if not sampling.do_sample:
         return processors
     if config.temperature not in (None, 1.0):
@@ -168,7 +201,15 @@ def _eos_token_ids(config: GenerationConfig) -> tuple[int, ...]:
     eos = config.eos_token_id
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    eos = getattr(eos, "tolist", lambda: eos)()  # a tensor's
+    ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if not all(_is_int(one) for one in ids):
+        raise GenerationError(f"eos_token_id {eos!r} should be a token's number, or several")
+    return ids
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _has_effect(name: str, value: Any) -> bool:
@@ -193,26 +234,23 @@ def _refuse_others(config: GenerationConfig) -> None:
 
 def _check_ranges(config: GenerationConfig) -> None:
     """What the processors would find only in the middle of the work, or not at all."""
-    rules = {
-        "temperature": lambda v: v > 0,
-        "top_k": lambda v: v >= 0,
-        "top_p": lambda v: 0 < v <= 1,
-        "min_p": lambda v: 0 <= v <= 1,
-        "typical_p": lambda v: 0 < v <= 1,
-        "repetition_penalty": lambda v: v > 0,
-    }
-    ranges = {
-        "temperature": "above 0 (for greedy decoding set do_sample=False)",
-        "top_k": "0 (no limit) or more",
-        "top_p": "above 0 and at most 1",
-        "min_p": "from 0 to 1",
-        "typical_p": "above 0 and at most 1",
-        "repetition_penalty": "above 0",
-    }
-    for name, holds in rules.items():
+    for name in _WHOLE_NUMBERS:
         value = getattr(config, name, None)
-        if value is not None and not holds(value):
-            raise GenerationError(f"{name} {value} should be {ranges[name]}")
+        if value is not None and not _is_int(value):
+            raise GenerationError(f"{name} {value!r} should be a whole number")
+    for name, (is_of_sampling, holds, rule) in _RULES.items():
+        value = getattr(config, name, None)
+        # Without sampling its options do nothing, as in transformers: configs say temperature 0.
+        if value is None or (is_of_sampling and not config.do_sample):
+            continue
+        if not isinstance(value, Real) or not holds(value):
+            raise GenerationError(f"{name} {value!r} should be {rule}")
+    strings = config.stop_strings
+    strings = [strings] if isinstance(strings, str) else strings
+    if any(not isinstance(one, str) or not one for one in strings or ()):
+        raise GenerationError(
+            f"stop_strings {config.stop_strings!r} should be texts of one character or more"
+        )
 
 
 def _num_new_tokens(
