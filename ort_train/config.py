@@ -24,6 +24,7 @@ from pydantic import (
 from ort_train.contradictions import contradictions
 from ort_train.data.tasks import Task
 from ort_train.errors import ConfigError
+from ort_train.files import expanded
 from ort_train.near import near_matches
 
 MIN_VOCAB_SIZE = 259
@@ -184,7 +185,8 @@ class TrainConfig(_Section):
     """One of transformers' OptimizerNames, or adamw_ort_fused."""
     keep_zeros: bool = False
     """Whether weights of a pruned model that are 0 stay so."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Of weights, data order and dropout."""
     logging_steps: PositiveInt = 10
     """Optimizer steps between log lines."""
     eval_steps: PositiveInt | None = None
@@ -239,7 +241,7 @@ class RunConfig(_Section):
     @property
     def output_dir(self) -> Path:
         """The folder that the run writes to."""
-        return Path(self.output.dir or f"runs/{self.name}").expanduser()
+        return expanded(self.output.dir or f"runs/{self.name}")
 
 
 def keys() -> list[str]:
@@ -319,10 +321,14 @@ def _problems_by_key(
         path: list[Any] = []
         node: Any = values
         for part in detail["loc"]:
-            if not (isinstance(node, Mapping) and part in node):
+            if not isinstance(node, Mapping):
                 break
-            node = node[part]
-            path.append(part)
+            # pydantic names a key that is no text (YAML's ~, on) by what it prints as.
+            keys_named_so = [key for key in node if key == part or str(key) == part]
+            if not keys_named_so:
+                break
+            path.append(keys_named_so[0])
+            node = node[path[-1]]
         if detail["type"] in ("extra_forbidden", "invalid_key"):
             found[tuple(path)] = None
             continue

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ort_train.config import RunConfig
 from ort_train.data.batches import IGNORED_LABEL
 from ort_train.errors import ConfigError, ModelError
+from ort_train.files import expanded
 from ort_train.trainer import ORTTrainer
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def problems(config: RunConfig) -> list[str]:
         ("model.tokenizer", config.model.tokenizer),
     ):
         # A hub id has one slash at most.
-        if name and len(Path(name).parts) > 2 and not Path(name).expanduser().is_dir():
+        if name and len(Path(name).parts) > 2 and not expanded(name).is_dir():
             found.append(
                 f"{key} {name!r} doesn't exist: train the teacher first (the quickstart's is "
                 "trained with `ort-train train --recipe quickstart`), or name another folder"

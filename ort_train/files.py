@@ -13,6 +13,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ort_train.errors import ConfigError
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with its leading ~ or ~user written out.
+
+    Raises:
+        ConfigError: where nobody knows that home, as in a container whose user has no name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{str(path)!r} starts in a home folder that isn't known here: write the whole path, "
+            "or set HOME"
+        ) from None
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:

@@ -127,7 +127,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with all of it.
     """
-    from ort_train import distillation, zero
+    from ort_train import distillation, extras, zero
     from ort_train.backends import available
     from ort_train.ortmodule.options import parse_options
 
@@ -151,6 +151,7 @@ def check(config: RunConfig) -> None:
         problems.append(f"adapter.method qlora: {missing}")
     problems += zero.problems_of_recipe(config.train, distributed.world_size())
     problems += distillation.problems(config)
+    problems += extras.problems(config.train)
     if config.train.keep_zeros and zero.chosen(config.train.deepspeed):
         problems.append(
             "train.keep_zeros works on the weights, which DeepSpeed keeps copies of: set "

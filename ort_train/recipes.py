@@ -14,6 +14,7 @@ import yaml
 
 from ort_train.config import ModelConfig, RunConfig, parse
 from ort_train.errors import ConfigError
+from ort_train.files import expanded
 from ort_train.known_models import KNOWN_MODELS
 from ort_train.near import near_matches
 from ort_train.quantization import of_run
@@ -230,20 +231,25 @@ def _shipped() -> dict[str, Path]:
 
 
 def _find(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path).expanduser()
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if path.is_file():
-            return path
-        # A recipe's name with an ending is likely meant to be the shipped one.
-        hint = near_matches(path.stem, _shipped())
-        raise ConfigError(f"no recipe file {path}; of the shipped recipes' names, {hint}")
+    path = expanded(name_or_path)
     shipped = _shipped()
-    if path.name not in shipped:
+    is_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+    if not is_path and path.name in shipped:
+        return shipped[path.name]
+    if path.is_dir():
+        of_run = path / "config.yaml"
+        file = str(of_run) if of_run.is_file() else "a .yaml file"
+        raise ConfigError(f"recipe {str(name_or_path)!r} is a folder: name {file}, or a recipe")
+    if not is_path:
         hint = near_matches(path.name, shipped)
         raise ConfigError(
             f"unknown recipe {str(name_or_path)!r}: {hint} (or give a path to a .yaml file)"
         )
-    return shipped[path.name]
+    if path.is_file():
+        return path
+    # A recipe's name with an ending is likely meant to be the shipped one.
+    hint = near_matches(path.stem, shipped)
+    raise ConfigError(f"no recipe file {path}; of the shipped recipes' names, {hint}")
 
 
 def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -254,14 +260,14 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     train = values.get("train")
     if isinstance(train, dict) and "deepspeed" in train:
         train["deepspeed"] = _absolute(train["deepspeed"], path.parent)
-    values.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem))
+    values.setdefault("name", re.sub(r"^[.-]|[^A-Za-z0-9_.-]", "_", path.stem))
     base = values.pop("extends", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: {base!r} should be a recipe's name or path")
     if Path(base).suffix in (".yaml", ".yml"):
-        base_path = (path.parent / Path(base).expanduser()).resolve()
+        base_path = (path.parent / expanded(base)).resolve()
     else:
         base_path = _find(base).resolve()
     if base_path in chain:
@@ -276,7 +282,7 @@ def _absolute(deepspeed: Any, folder: Path) -> Any:
     """A DeepSpeed config's path, seen from the folder; of anything else, what it is."""
     if not isinstance(deepspeed, str) or deepspeed.lstrip().startswith("{"):
         return deepspeed
-    path = Path(deepspeed).expanduser()
+    path = expanded(deepspeed)
     is_path = path.suffix == ".json" or len(path.parts) > 1
     return str(folder / path) if is_path else deepspeed
 
@@ -363,11 +369,16 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem="a key is no plain word (text in braces needs quotes)",
+                    problem_mark=key_node.start_mark,
+                )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"key {key_node.value} stands twice", problem_mark=key_node.start_mark
                 )
-            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 

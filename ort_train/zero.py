@@ -24,6 +24,7 @@ from typing import Any
 from ort_train import distributed
 from ort_train.config import TrainConfig
 from ort_train.errors import ConfigError
+from ort_train.files import expanded
 from ort_train.near import did_you_mean, near_matches
 
 AUTO = "auto"
@@ -112,7 +113,7 @@ def _read(text_or_path: str) -> dict[str, Any]:
         text, origin = text_or_path, "deepspeed"
     else:
         known = shipped()
-        path = known.get(text_or_path) or Path(text_or_path).expanduser()
+        path = known.get(text_or_path) or expanded(text_or_path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

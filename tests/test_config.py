@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from ort_train import cache
 from ort_train.config import (
     LR_SCHEDULERS,
     OPTIMIZERS,
@@ -46,6 +48,21 @@ def test_the_least_config_takes_the_defaults():
 def test_output_dir_expands_the_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(parse(made(output={"dir": "~/out"})).output_dir) == "/home/someone/out"
+
+
+def test_output_dir_in_an_unknown_home(monkeypatch):
+    with pytest.raises(ConfigError, match="'~nobody-here/out' starts in a home folder that isn't"):
+        parse(made(output={"dir": "~nobody-here/out"})).output_dir  # noqa: B018
+
+
+def test_without_a_home_another_cache_is_asked_for(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.delenv("ORT_TRAIN_CACHE")
+    with pytest.raises(ConfigError, match="or set HOME; ORT_TRAIN_CACHE names another folder"):
+        cache.root()
 
 
 def test_config_is_frozen():
@@ -94,6 +111,7 @@ def test_unknown_keys_name_the_nearest(values, expected):
         ("train", "learning_rate", float("nan"), "nan should be a finite number"),
         ("train", "backend", "onnx", "'onnx' should be 'ort', 'eager', 'compile' or 'auto'"),
         ("train", "report_to", "wandb", "'wandb' should be a valid list"),
+        ("train", "seed", 2**32, "should be less than 4294967296"),
         ("train", "optimizer", "adamw_ort_fuse", "is unknown: did you mean adamw_ort_fused"),
         ("train", "lr_scheduler", "cosin", "is unknown: did you mean cosine"),
         ("model", "vocab_size", 100, "100 should be greater than or equal to 259"),

@@ -146,6 +146,28 @@ def test_options_of_a_backend_that_is_not_used(tmp_path: Path):
         job.run(tiny(tmp_path / "run", "train.backend=eager", "train.ort={num_threads: 1}"))
 
 
+def test_optimizers_and_trackers_that_are_not_installed_are_said_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    config = tiny(tmp_path / "run", "train.optimizer=lomo", "train.report_to=[wandb, tensorbord]")
+    with pytest.raises(ConfigError) as caught:
+        job.run(config)
+    lomo, wandb, unknown = caught.value.problems
+    assert "train.optimizer lomo: You need to install `lomo_optim`" in lomo
+    assert "train.report_to wandb: WandbCallback requires wandb to be installed" in wandb
+    assert "train.report_to tensorbord is unknown: did you mean tensorboard" in unknown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor", "sgd", "adamw_ort_fused"])
+@pytest.mark.parametrize("trackers", ["[none]", "[all]", "[]"])
+def test_optimizers_and_trackers_that_are_here_pass(tmp_path: Path, optimizer: str, trackers: str):
+    job.check(tiny(tmp_path, f"train.optimizer={optimizer}", f"train.report_to={trackers}"))
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A folder that looks like a run's, made without training."""

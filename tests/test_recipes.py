@@ -156,6 +156,10 @@ def test_a_circle_is_refused(tmp_path):
         ("- 1", "should be a mapping of sections"),
         ("train:\n  max_steps: 1\n  max_steps: 2\n", "key max_steps stands twice (line 3"),
         ("", "no model"),
+        ("name: {{ name }}\n", "a key is no plain word (text in braces needs quotes) (line 1"),
+        ("~: 3\nextends: quickstart\n", "unknown key None"),
+        ("on: 3\nextends: quickstart\n", "unknown key True"),
+        ("extends: ~nobody-here/base.yaml", "starts in a home folder that isn't known here"),
     ],
 )
 def test_broken_recipes(tmp_path, text, expected):
@@ -174,6 +178,20 @@ def test_unknown_recipes_name_the_nearest(tmp_path):
     message = fails(tmp_path / "quickstart.yaml")
     assert "no recipe file" in message
     assert "did you mean quickstart" in message
+
+
+def test_a_folder_is_no_recipe(tmp_path, monkeypatch):
+    assert "is a folder: name a .yaml file" in fails(tmp_path)
+    write(tmp_path, "config.yaml", BASE)
+    assert f"is a folder: name {tmp_path / 'config.yaml'}" in fails(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # as in runs/: the shipped one is still meant
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart").name == "quickstart"
+
+
+def test_a_files_name_that_begins_with_a_dash_or_a_dot_names_its_run(tmp_path):
+    assert load_recipe(write(tmp_path, "-mine.yaml", BASE)).name == "_mine"
+    assert load_recipe(write(tmp_path, ".mine.yaml", BASE)).name == "_mine"
 
 
 # --- overrides

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ort_train.distributed import is_main_process
 from ort_train.errors import DataError
+from ort_train.files import expanded
 
 if TYPE_CHECKING:
     import datasets
@@ -80,7 +81,7 @@ def load_corpus(
             if name == "hub":
                 corpus = _from_hub(dataset, subset, text_column, hub_timeout_s)
             elif name == "folder":
-                corpus = _from_folder(Path(folder).expanduser() if folder else _usual_folder())
+                corpus = _from_folder(expanded(folder) if folder else _usual_folder())
             else:
                 corpus = _from_python_docs()
         except UnavailableError as reason:
@@ -277,7 +278,7 @@ def _text_files(folder: Path) -> list[Path]:
 
 def _usual_folder() -> Path:
     if named := os.environ.get("ORT_TRAIN_DATA"):
-        return Path(named).expanduser()
+        return expanded(named)
     places = [
         root / place
         for root in (Path.cwd(), Path(__file__).resolve().parents[2])

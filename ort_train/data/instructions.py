@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ort_train.data.batches import IGNORED_LABEL
 from ort_train.data.corpora import UnavailableError, load_splits
 from ort_train.errors import DataError
+from ort_train.files import expanded
 
 if TYPE_CHECKING:
     import datasets
@@ -166,7 +167,7 @@ def pad_batch(
 def _from_folder(folder: str | Path | None, columns: tuple[str, str]) -> tuple[list[Record], str]:
     if folder is None:
         raise DataError("data.source folder needs data.folder: name a folder of *.jsonl files")
-    files = sorted(Path(folder).expanduser().glob("*.jsonl"))
+    files = sorted(expanded(folder).glob("*.jsonl"))
     if not files:
         raise DataError(f"data.folder {folder} holds no *.jsonl files")
     records = []

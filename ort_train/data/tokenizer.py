@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from ort_train import cache
 from ort_train.config import MIN_VOCAB_SIZE, ModelConfig
 from ort_train.errors import ModelError
-from ort_train.files import replacing
+from ort_train.files import expanded, replacing
 from ort_train.models import load_arguments
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def make_tokenizer(
         )
     kind = f"{_TOKENIZER_FORMAT} {vocab_size}{' mask' if with_mask else ''}"
     key = hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()[:32]
-    root = Path(cache_dir).expanduser() if cache_dir else cache.root()
+    root = expanded(cache_dir) if cache_dir else cache.root()
     path = root / "tokenizers" / f"{key}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ort_train import cache
+from ort_train.files import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def is_off() -> bool:
 def folder() -> Path:
     """Where graphs are kept; bench's workers have one of their own."""
     own = os.environ.get(_VARIABLE)
-    return Path(own).expanduser() if own else cache.root() / "graphs"
+    return expanded(own) if own else cache.root() / "graphs"
 
 
 @contextlib.contextmanager
