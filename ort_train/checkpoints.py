@@ -82,6 +82,11 @@ def publish(staged: Path, final: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def saved_step(checkpoint: str | Path) -> int:
+    """Optimizer steps that a verified checkpoint has behind it."""
+    return int(json.loads((Path(checkpoint) / _STATE_FILE).read_text()).get("global_step", 0))
+
+
 def saved_world_size(checkpoint: Path) -> int | None:
     """Ranks that wrote a checkpoint, by their random states; None where there are none."""
     ranks = len(list(checkpoint.glob("rng_state_*.pth")))

@@ -29,7 +29,7 @@ def _of_optimizer(name: str) -> Iterator[str]:
     defaults = {each.name: each.default for each in fields(TrainingArguments)}
     args = SimpleNamespace(**{**defaults, "optim": name})
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except (ImportError, ValueError) as error:
         yield f"train.optimizer {name}: {error}. Or set train.optimizer=adamw_torch_fused"
 

@@ -60,6 +60,7 @@ def run(config: RunConfig) -> JobResult:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from ort_train import zero
     from ort_train.adapters import apply_adapter, trainable_summary
     from ort_train.data.packing import check_models
     from ort_train.data.samples import make_samples
@@ -99,6 +100,10 @@ def run(config: RunConfig) -> JobResult:
         )
     if config.train.save_steps:
         checkpoints.check_room(out, checkpoints.required_bytes(model))
+
+    if resume_from is not None:  # what is wrong with it is said before minutes of measuring
+        with_deepspeed = zero.chosen(config.train.deepspeed) is not None
+        checkpoints.verify(resume_from, model, distributed.world_size(), with_deepspeed)
 
     record = _measure(config) if is_main and config.measure.baselines else None
     trainer = _make_trainer(config, model, samples, record, distiller)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ort_train import checkpoints, distributed
 from ort_train.config import RunConfig, to_yaml
 from ort_train.errors import CheckpointError
-from ort_train.files import replacing
+from ort_train.files import expanded, replacing
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "record.json"
@@ -31,7 +31,7 @@ def prepare(config: RunConfig) -> str | None:
     out, output = config.output_dir, config.output
     resume_from = None
     if output.resume not in ("none", "auto"):
-        resume_from = output.resume
+        resume_from = str(expanded(output.resume))
         if not Path(resume_from).is_dir():
             raise CheckpointError(
                 f"output.resume {resume_from!r} is not a folder: name a checkpoint-N folder, or "
@@ -42,6 +42,7 @@ def prepare(config: RunConfig) -> str | None:
     if distributed.is_main_process():
         # A run that failed before it made anything has left its config alone.
         occupied = out.is_dir() and any(path.name != CONFIG_FILE for path in out.iterdir())
+        is_own = resume_from is not None and Path(resume_from).resolve().parent == out.resolve()
         if occupied and output.resume == "auto":
             _check_same_run(config, out)
             found = checkpoints.list_checkpoints(out)
@@ -49,7 +50,7 @@ def prepare(config: RunConfig) -> str | None:
             distributed.say(
                 f"resuming from {resume_from}" if found else "no checkpoint yet: starting anew"
             )
-        elif occupied and resume_from is None:
+        elif occupied and not is_own:
             if not output.overwrite:
                 raise CheckpointError(
                     f"output.dir {str(out)!r} holds another run: continue it with "
@@ -57,6 +58,8 @@ def prepare(config: RunConfig) -> str | None:
                     "folder with output.dir=..."
                 )
             _remove_run(out)
+        if resume_from is not None:
+            _check_training(config, Path(resume_from).parent)
         try:
             out.mkdir(parents=True, exist_ok=True)
             with replacing(out / CONFIG_FILE) as file:
@@ -74,15 +77,12 @@ def prepare(config: RunConfig) -> str | None:
 
 def _check_same_run(config: RunConfig, out: Path) -> None:
     """A resumed run must train the same thing: model, data, adapter."""
-    from ort_train.recipes import load_recipe
-
-    file = out / CONFIG_FILE
-    if not file.is_file():
+    if not (out / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"output.dir {str(out)!r} has no {CONFIG_FILE}, so it is no run of ort_train: name "
             "another folder with output.dir=..."
         )
-    before = load_recipe(file)
+    before = _load(out)
     changed = [
         f"{section}.{key} was {old!r}, is {getattr(getattr(config, section), key)!r}"
         for section in ("model", "data", "adapter", "distill")
@@ -94,6 +94,40 @@ def _check_same_run(config: RunConfig, out: Path) -> None:
             f"output.dir {str(out)!r} holds a run of something else ({'; '.join(changed)}): "
             "resume with the same settings, or name another folder with output.dir=..."
         )
+
+
+def _check_training(config: RunConfig, run: Path) -> None:
+    """What a checkpoint brings along must be what is asked for; other samples are told of."""
+    if not (run / CONFIG_FILE).is_file():  # of a script's trainer
+        return
+    before, now = _load(run).train, config.train
+    kept = [
+        f"train.{key} was {old!r}, is {new!r}"
+        for key in ("optimizer", "learning_rate", "weight_decay")
+        if (old := getattr(before, key)) != (new := getattr(now, key))
+    ]
+    if kept:
+        raise CheckpointError(
+            f"a checkpoint of {str(run)!r} brings along what these settings say, and they would be "
+            f"ignored ({'; '.join(kept)}): resume with the same, or start a new run from its "
+            "weights (model.name_or_path)"
+        )
+    batches = [
+        f"train.{key} was {old}, is {new}"
+        for key in ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size", "seed")
+        if (old := getattr(before, key)) != (new := getattr(now, key))
+    ]
+    if batches:
+        distributed.say(
+            f"{'; '.join(batches)}: the samples of the coming steps aren't those that the "
+            "interrupted run would have seen"
+        )
+
+
+def _load(run: Path) -> RunConfig:
+    from ort_train.recipes import load_recipe
+
+    return load_recipe(run / CONFIG_FILE)
 
 
 def _remove_run(out: Path) -> None:

@@ -177,12 +177,27 @@ class ORTTrainer(Trainer):
             self.is_deepspeed_enabled,
         )
         self._num_micro_batches, self._step_seen = 0, -1
+        resumes = resume_from_checkpoint and self.model is not None
+        self._num_steps_before = checkpoints.saved_step(resume_from_checkpoint) if resumes else 0
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             # Outside of training the model is what it was: it can be pickled, copied, compiled.
             if self._stand_in is not None:
                 give_back(self._stand_in.module)
+
+    _num_steps_before = 0
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a checkpoint that has all the steps is trained no further.
+
+        Trainer looks at `max_steps` after a step only, and takes one more (4.57 to 5.23).
+        """
+        num_epochs, epoch_steps, *rest = super().set_initial_training_values(*args, **kwargs)
+        if (before := self._num_steps_before) >= rest[-1] > 0:
+            logger.warning("the checkpoint has all of %s steps: nothing is trained", rest[-1])
+            num_epochs = min(num_epochs, before // epoch_steps)
+        return (num_epochs, epoch_steps, *rest)
 
     # --- loss ---
 

@@ -220,6 +220,62 @@ def test_resume_auto_of_something_else(finished: Path, change: str, match: str):
         run_folder.prepare(tiny(finished, "output.resume=auto", change))
 
 
+@pytest.fixture
+def resumable(finished: Path) -> Path:
+    """The same with a checkpoint."""
+    (finished / "checkpoint-2").mkdir()
+    (finished / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    return finished
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ("train.optimizer=sgd", "train.optimizer was 'adamw_torch_fused', is 'sgd'"),
+        ("train.learning_rate=1e-5", "train.learning_rate was 0.001, is 1e-05"),
+        ("train.weight_decay=0", "train.weight_decay was 0.1, is 0"),
+    ],
+)
+@pytest.mark.parametrize("resume", ["auto", "checkpoint-2"])
+def test_settings_that_a_checkpoints_optimizer_would_not_take(
+    resumable: Path, change: str, match: str, resume: str
+):
+    before = (resumable / "config.yaml").read_text()
+    named = resume if resume == "auto" else str(resumable / resume)
+    with pytest.raises(CheckpointError, match=match):
+        run_folder.prepare(tiny(resumable, f"output.resume={named}", change))
+    assert (resumable / "config.yaml").read_text() == before
+
+
+def test_other_batches_than_the_interrupted_runs_are_told_of(
+    resumable: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_folder.prepare(tiny(resumable, "output.resume=auto", "train.micro_batch_size=1"))
+    assert "train.micro_batch_size was 2, is 1: the samples of the" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_folder_does_not_replace_the_run_here(
+    resumable: Path, tmp_path: Path
+):
+    other = tmp_path / "other"
+    run_folder.prepare(tiny(other))
+    (other / "model").mkdir()
+    wish = f"output.resume={resumable}/checkpoint-2"
+    with pytest.raises(CheckpointError, match="holds another run"):
+        run_folder.prepare(tiny(other, wish))
+    assert names(other) == {"config.yaml", "model"}
+    chosen = run_folder.prepare(tiny(other, wish, "output.overwrite=true"))
+    assert (chosen, names(other)) == (str(resumable / "checkpoint-2"), {"config.yaml"})
+
+
+def test_a_checkpoint_that_can_not_be_resumed_is_said_before_baselines_are_measured(
+    resumable: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(job, "_measure", lambda config: pytest.fail("measured"))
+    with pytest.raises(CheckpointError, match="has no optimizer"):
+        job.run(tiny(resumable, "output.resume=auto", "measure.baselines=[eager]"))
+
+
 def test_resume_auto_takes_the_newest_whole_checkpoint(finished: Path):
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-12"):
         (finished / name).mkdir()

@@ -526,6 +526,25 @@ def test_a_run_goes_on_under_the_other_trainer(
     assert_same_weights(second.model, first.model)
 
 
+def test_a_checkpoint_with_all_steps_is_trained_no_further(
+    tiny_llama: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """transformers' Trainer takes one step more, wherever that isn't the end of an epoch."""
+    fields = {"save_strategy": "steps", "save_steps": 2, "backend": "eager"}
+    done = ort_trainer(tiny_llama(), tmp_path, max_steps=6, **fields)
+    done.train()
+    for max_steps in (6, 5):
+        again = ort_trainer(tiny_llama(seed=1), tmp_path, max_steps=max_steps, **fields)
+        result = again.train(resume_from_checkpoint=True)
+        assert f"the checkpoint has all of {max_steps} steps" in caplog.text
+        assert result.global_step == again.state.global_step == 6
+        assert losses(again) == losses(done)
+        assert_same_weights(again.model, done.model, atol=0)
+    more = ort_trainer(tiny_llama(seed=1), tmp_path, max_steps=7, **fields)
+    more.train(resume_from_checkpoint=True)
+    assert more.state.global_step == 7
+
+
 def test_resume_without_a_checkpoint(tiny_llama: MakeModel, tmp_path: Path):
     from ort_train.errors import CheckpointError
 
