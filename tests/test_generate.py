@@ -408,6 +408,23 @@ def test_command_streams_one_prompt(pair: Pair, capsys: pytest.CaptureFixture[st
     assert "tokens/s" in printed.err
 
 
+def test_command_generates_what_the_folder_says_or_what_fits(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(_folder(pair), tmp_path / "model"))
+
+    def num_tokens(**defaults: Any) -> int:
+        GenerationConfig(**defaults).save_pretrained(folder)
+        assert run(str(folder), "--prompt", "to be") == 0
+        return int(capsys.readouterr().err.split("1 x ")[1].split()[0])
+
+    num_prompt = len(pair.generator.tokenizer("to be")["input_ids"])
+    never = {"eos_token_id": [VOCAB_SIZE]}
+    assert num_tokens(max_new_tokens=3, **never) == 3
+    assert num_tokens(max_length=num_prompt + 4, **never) == 4
+    assert num_tokens(**never) == MAX_POSITIONS - num_prompt
+
+
 def test_command_continues_a_batch(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(_folder(pair))
     arguments = [folder, "--prompt", "to be", "--prompt", "that is the question"]

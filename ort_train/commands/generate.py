@@ -11,7 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folder", metavar="DIR", help="written by ort-train export")
     add("--prompt", action="append", metavar="TEXT", help="several make a batch; - reads stdin")
     add("--chat", action="store_true", help="apply the tokenizer's chat template")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens after each prompt")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens after each prompt (default: the folder's, or 128, or as many as fit)",
+    )
     add("--greedy", action="store_true", help="always the likeliest token")
     sampling = parser.add_argument_group("sampling", "each of these turns it on").add_argument
     sampling("--temperature", type=float, metavar="T", help="above 0; below 1 the likely gain")

@@ -10,6 +10,8 @@ from typing import Any
 from ort_train.errors import GenerationError
 from ort_train.inference.generation.generate import OrtGenerator
 
+_DEFAULT_NEW_TOKENS = 128
+_DEFAULT_LENGTH = 20  # of transformers before 5, whose configs always have one
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 
@@ -30,9 +32,8 @@ def generate(args: argparse.Namespace) -> None:
 
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     started = time.perf_counter()
-    ids = generator.generate(
-        rows, streamer=streamer, max_new_tokens=args.max_new_tokens, seed=args.seed, **options
-    )
+    options |= _length(args.max_new_tokens, generator, max(map(len, rows)))
+    ids = generator.generate(rows, streamer=streamer, seed=args.seed, **options)
     seconds = time.perf_counter() - started
     answers = ids[:, max(map(len, rows)) :]
     if streamer is None:
@@ -70,6 +71,17 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     if args.stop:
         options["stop_strings"] = args.stop
     return options
+
+
+def _length(given: int | None, generator: OrtGenerator, longest: int) -> dict[str, int]:
+    """How much to generate; nothing where the folder's own config says it."""
+    if given is not None:
+        return {"max_new_tokens": given}
+    config, limit = generator.generation_config, generator.info.max_positions
+    if config.max_new_tokens is not None or config.max_length not in (None, _DEFAULT_LENGTH):
+        return {}
+    room = _DEFAULT_NEW_TOKENS if limit is None else max(1, limit - longest)
+    return {"max_new_tokens": min(_DEFAULT_NEW_TOKENS, room)}
 
 
 def _encode(tokenizer: Any, prompt: str, is_chat: bool) -> list[int]:

@@ -270,10 +270,15 @@ def _num_new_tokens(
         count = max(1, min(_DEFAULT_NEW_TOKENS, left))
     if count < 1:
         raise GenerationError(f"max_new_tokens {count} should be 1 or more")
+    if max_positions is not None and longest >= max_positions:
+        raise GenerationError(
+            f"{longest} tokens of prompt and {count} to generate exceed max_position_embeddings "
+            f"{max_positions} of the model: shorten the prompt"
+        )
     if max_positions is not None and longest + count > max_positions:
         raise GenerationError(
             f"{longest} tokens of prompt and {count} to generate exceed max_position_embeddings "
             f"{max_positions} of the model: shorten the prompt, or set max_new_tokens to "
-            f"{max(0, max_positions - longest)} or less"
+            f"{max_positions - longest} or less"
         )
     return count
