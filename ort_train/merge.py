@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
         What was merged onto what, one line.
 
     Raises:
-        CheckpointError: `run` has no adapter, or one of another base, or `out` holds something or
-            can't be made.
+        CheckpointError: `run` has no adapter, or one of another base or that isn't whole, or `out`
+            holds something or can't be made.
         ModelError: the adapter is of another architecture.
     """
     run, out = Path(run).expanduser(), Path(out).expanduser().resolve()
@@ -48,9 +49,7 @@ def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
         )
     if (obstacle := new_folder_obstacle(out)) is not None:
         raise CheckpointError(f"{str(out)!r} {obstacle}")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = _load_tokenizer(adapter)
     base = base or ("dequantized" if config.adapter.method == "qlora" else "original")
     model = _load_base(config, tokenizer, dequantized=base == "dequantized")
     checkpoints.check_room(out, checkpoints.required_bytes(model, with_optimizer=False))
@@ -101,11 +100,32 @@ def _load_base(
     return model
 
 
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_not_whole(folder, "its tokenizer can't be loaded", error)) from error
+
+
+def _not_whole(folder: Path, what: str, error: Exception) -> str:
+    return (
+        f"{str(folder)!r} isn't whole, {what} ({str(error).splitlines()[0]}): copy or train the "
+        "run anew"
+    )
+
+
 def _attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    saved = {name: tensor.shape for name, tensor in load_file(_weights(folder)).items()}
+    try:
+        saved = {name: tensor.shape for name, tensor in load_file(_weights(folder)).items()}
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(_not_whole(folder, "its adapter can't be read", error)) from error
     message = f"the adapter in {str(folder)!r} is of another base than the run's config describes"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # found below

@@ -24,6 +24,13 @@ _NUM_READINGS = 3
 #: Of fine-tuning; every key can be changed by an override.
 _DATA = {"block_size": 128, "max_eval_blocks": 64}
 _TRAIN = {"backend": "ort", "learning_rate": 2e-4, "warmup_steps": 5}
+#: Keys that the command sets itself, and by what.
+_TOLD_ELSEWHERE = {
+    "model.name_or_path": "MODEL",
+    "output": "--out",
+    "train.max_steps": "--steps",
+    "train.epochs": "--steps",
+}
 
 
 def prune_folder(
@@ -56,7 +63,7 @@ def prune_folder(
     from ort_train.data.samples import make_samples
     from ort_train.inference.folder import staged as staged_folder
     from ort_train.models import load_model
-    from ort_train.pruning import prune_model
+    from ort_train.pruning import check_target, prune_model
 
     source, out = Path(source).expanduser(), Path(out).expanduser()
     if not (source / "config.json").is_file():
@@ -66,6 +73,14 @@ def prune_folder(
         )
     if steps < 0:
         raise ConfigError(f"--steps {steps} must be 0 or more")
+    check_target(pattern, sparsity)  # before the text and the model are read
+    if problems := [
+        f"{key} is what {option} says: leave {key} out"
+        for key in (override.partition("=")[0] for override in overrides)
+        for own, option in _TOLD_ELSEWHERE.items()
+        if key == own or key.startswith(f"{own}.")
+    ]:
+        raise ConfigError(problems)
     config = _config(source, steps, overrides)
     if config.model.task != "causal-lm":
         raise ConfigError(
@@ -194,6 +209,10 @@ def main(args: argparse.Namespace) -> int:
     """Run `ort-train prune`. Returns 0."""
     from rich.console import Console
     from rich.table import Table
+
+    from ort_train.quiet import quiet_transformers
+
+    quiet_transformers()
 
     exclude = [name.strip() for name in args.exclude.split(",") if name.strip()]
     report = prune_folder(

@@ -55,18 +55,21 @@ def prune_model(
         One report a pruned layer.
 
     Raises:
-        ConfigError: not one of pattern and sparsity, or a value that can't be.
+        ConfigError: not one of pattern and sparsity, a value that can't be, or an excluded name
+            that no layer has.
         ModelError: a layer whose inputs don't divide by 4, or no layer at all.
     """
-    if (pattern is None) == (sparsity is None):
-        raise ConfigError("give one of pattern and sparsity")
-    if pattern not in (None, PATTERN_2_4):
-        raise ConfigError(f"pattern {pattern!r} is unknown: there is {PATTERN_2_4}")
-    if sparsity is not None and not 0 < sparsity < 1:
-        raise ConfigError(f"sparsity {sparsity} must be between 0 and 1")
+    check_target(pattern, sparsity)
+    everything = dict(linear_layers(model))
+    for unwanted in exclude:
+        if everything and not fnmatch.filter(everything, unwanted):
+            raise ConfigError(
+                f"--exclude {unwanted!r} matches none of the {len(everything)} linear layers, such "
+                f"as {next(iter(everything))}: patterns are of whole names, * stands for any part"
+            )
     layers = [
         (name, layer)
-        for name, layer in linear_layers(model)
+        for name, layer in everything.items()
         if not any(fnmatch.fnmatchcase(name, unwanted) for unwanted in exclude)
     ]
     if not layers:
@@ -91,6 +94,20 @@ def prune_model(
         num_zeros = int((weight == 0).sum())
         reports.append(LayerReport(name, weight.numel(), num_zeros, kept))
     return reports
+
+
+def check_target(pattern: str | None, sparsity: float | None) -> None:
+    """Refuse what `prune_model` can't aim at.
+
+    Raises:
+        ConfigError: not one of pattern and sparsity, or a value that can't be.
+    """
+    if (pattern is None) == (sparsity is None):
+        raise ConfigError("give one of pattern and sparsity")
+    if pattern not in (None, PATTERN_2_4):
+        raise ConfigError(f"pattern {pattern!r} is unknown: there is {PATTERN_2_4}")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise ConfigError(f"sparsity {sparsity} must be between 0 and 1")
 
 
 def mask_2_4(weight: torch.Tensor) -> torch.Tensor:

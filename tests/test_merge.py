@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -210,4 +211,25 @@ def test_an_adapter_of_another_base_is_refused(field: str, lora_run: Path, tmp_p
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ModelError, match="of another base"):
         merge(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("adapter_model.safetensors", "its adapter can't be read"),
+        ("adapter_config.json", "its adapter can't be read"),
+        ("tokenizer.json", "its tokenizer can't be loaded"),
+    ],
+)
+def test_a_run_that_is_cut_off_is_refused(
+    file: str, what: str, lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    (run / "model" / file).write_bytes((lora_run / "model" / file).read_bytes()[:40])
+    assert main(["merge", str(run), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert f"isn't whole, {what}" in err
+    assert "Traceback" not in err
     assert not (tmp_path / "out").exists()

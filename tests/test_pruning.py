@@ -193,6 +193,10 @@ def test_the_command(
     [
         (["--sparsity", "1.5"], "sparsity 1.5 must be between 0 and 1"),
         (["--pattern", "2:4", "--exclude", "*"], "no linear layer to prune"),
+        (["--pattern", "2:4", "--exclude", "layers.0.*"], "--exclude 'layers.0.*' matches none"),
+        (["--pattern", "2:4", "output.dir=x"], "output.dir is what --out says"),
+        (["--pattern", "2:4", "train.max_steps=9"], "train.max_steps is what --steps says"),
+        (["--pattern", "2:4", "model.name_or_path=x"], "model.name_or_path is what MODEL says"),
         (["--pattern", "2:4", "--steps", "-1"], "--steps -1 must be 0 or more"),
         (["--pattern", "2:4", "data.block_sze=3"], "did you mean data.block_size"),
     ],

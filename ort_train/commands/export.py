@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `ort-train export`. Returns 0."""
-    from ort_train.commands.quiet import quiet_transformers
     from ort_train.inference.decoder.export import describe, export_model
+    from ort_train.quiet import quiet_transformers
 
     quiet_transformers()
     exported = export_model(

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `ort-train export-diffusion`. Returns 0."""
-    from ort_train.commands.quiet import quiet_transformers
     from ort_train.inference.diffusion.export import export_pipeline
+    from ort_train.quiet import quiet_transformers
 
     quiet_transformers()
     export_pipeline(args.source, args.out, on_event=print)

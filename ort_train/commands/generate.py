@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `ort-train generate`. Returns 0."""
-    from ort_train.commands.quiet import quiet_transformers
+    from ort_train.quiet import quiet_transformers
 
     quiet_transformers()
     from ort_train.inference.generation import console

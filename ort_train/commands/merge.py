@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `ort-train merge`. Returns 0."""
     from ort_train.merge import merge
+    from ort_train.quiet import quiet_transformers
 
+    quiet_transformers()
     print(merge(args.folder, args.out, args.base))
     return 0
