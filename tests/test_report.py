@@ -118,6 +118,10 @@ def test_plot_and_page_of_every_kind_of_record(tmp_path, name):
     assert page.count("<tr>") == 1 + len(report.results(record))
     assert "<svg" in page
     assert not re.search(r'(src|href)="(?!#)', page), "the page must need nothing beside it"
+    assert re.search(r'<svg role="img" aria-label="Bars of [^"]+"', page)
+    assert "<metadata>" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert page.count("<td") % page.count('<th scope="col"') == 0
 
 
 def test_page_tells_command_machine_and_escapes(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +140,11 @@ def html(record: Record, path: str | Path) -> None:
     """Write one page that needs nothing beside it: table, chart, machine, versions, command."""
     columns = view(record).columns
     buffer = io.StringIO()
-    _figure(record).savefig(buffer, format="svg")
+    # Without its metadata, which HTML has no place for; nor has it one for an XML prologue.
+    unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    _figure(record).savefig(buffer, format="svg", metadata=unsaid)
     svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
     page = render(
         "benchmark.html",
         title=title(record),
@@ -148,12 +152,19 @@ def html(record: Record, path: str | Path) -> None:
         heads=[head.replace("\n", ", ") for head in columns],
         rows=[[cell(result) for cell in columns.values()] for result in results(record)],
         lines=summary_lines(record)[:-2],  # machine and versions have places of their own
-        svg=svg[svg.index("<svg") :],  # an XML prologue has no place inside a page
+        svg=svg.replace("<svg", f'<svg role="img" aria-label="{escape(_spoken(record))}"', 1),
         machine=machine_line(record),
         versions=versions_line(record),
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _spoken(record: Record) -> str:
+    """What the chart shows, for those who can't see it."""
+    shown = view(record)
+    outcome = shown.outcome(record) or ["no speed-ups"]
+    return f"Bars of {', '.join(map(shown.case, results(record)))}: {'; '.join(outcome)}"
 
 
 def _figure(record: Record) -> Figure:
