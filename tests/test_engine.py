@@ -972,8 +972,8 @@ def test_autocast_is_refused(tiny_llama: MakeModel):
 
 def test_options_that_the_device_cannot_honour(tiny_llama: MakeModel):
     model = tiny_llama()
-    with pytest.raises(ConfigError, match=r"(?s)fusion='triton' works.*flash_attention=True works"):
-        wrap(model, backend="ort", options=OrtOptions(fusion="triton", flash_attention=True))
+    with pytest.raises(ConfigError, match=r"(?s)fusion='triton' works.*tuning=True works"):
+        wrap(model, backend="ort", options=OrtOptions(fusion="triton", tuning=True))
     assert taken_over(model) is None
 
 

@@ -105,8 +105,6 @@ def test_qlora(tiny_llama: MakeModel, double_quant: bool) -> None:
     [
         {"recompute": "layerwise"},
         {"fusion": "triton"},
-        {"aten_sdpa": True},
-        {"efficient_attention": True},
         {"tuning": True},
     ],
     ids=lambda options: next(iter(options)),

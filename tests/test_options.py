@@ -105,9 +105,6 @@ def test_parse_names_near_options_and_keeps_the_other_problems():
     [
         ("fusion", "triton"),
         ("tuning", True),
-        ("flash_attention", True),
-        ("efficient_attention", True),
-        ("aten_sdpa", True),
         ("print_memory_stats", True),
         ("conv_algo_search", "exhaustive"),
     ],
@@ -277,6 +274,23 @@ def test_options_are_frozen_hashable_and_replaceable():
         options.num_threads = 4  # type: ignore[misc]
 
 
+def test_every_variable_that_is_set_is_one_that_upstream_reads_with_each_graph(tmp_path):
+    """Not when it is imported: by then there are no options yet."""
+    file = tmp_path / "triton.json"
+    file.write_text("{}")
+    options = OrtOptions(
+        fusion="triton", triton_config=str(file), tuning=True, max_tuning_duration_ms=1,
+        tuning_results_path="tuned", save_onnx=True, save_onnx_path=str(tmp_path),
+    )  # fmt: skip
+    elsewhere = {
+        "ORTMODULE_TRITON_CONFIG_FILE",  # when a session is made (ort_triton)
+        "ORTMODULE_TRITON_DEBUG",  # when it is imported; triton/kernels.py writes what it says
+        "ORTMODULE_ENABLE_CUSTOM_AUTOGRAD",  # likewise; export/functions.py
+        "ORTMODULE_ALLOW_AUTOGRAD_CHECKPOINT",  # in the export
+    }
+    assert set(options._variables()) - elsewhere <= _read_by_upstream()
+
+
 def test_every_option_is_documented_with_its_default_and_its_variable():
     text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
@@ -291,8 +305,13 @@ def test_every_option_is_documented_with_its_default_and_its_variable():
 
 def test_every_variable_of_upstream_is_documented():
     text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
-    (package,) = find_spec("onnxruntime").submodule_search_locations  # type: ignore[union-attr]
-    source = (Path(package) / "training" / "ortmodule" / "options.py").read_text(encoding="utf-8")
-    read = set(re.findall(r'"(ORTMODULE_[A-Z0-9_]+)"', source))
+    read = _read_by_upstream()
     assert "ORTMODULE_MEMORY_OPT_LEVEL" in read
     assert {name for name in read if f"`{name}`" not in text} == set()
+
+
+def _read_by_upstream() -> set[str]:
+    """By what is made anew for each ORTModule."""
+    (package,) = find_spec("onnxruntime").submodule_search_locations  # type: ignore[union-attr]
+    source = (Path(package) / "training" / "ortmodule" / "options.py").read_text(encoding="utf-8")
+    return set(re.findall(r'"(ORTMODULE_[A-Z0-9_]+)"', source))

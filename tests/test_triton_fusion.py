@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -423,3 +424,13 @@ def test_a_step_on_a_gpu_is_the_eager_step(tmp_path: Path, monkeypatch: pytest.M
     for name, expected in gradients["eager"].items():
         # fp32 without TF32: sums in another order
         torch.testing.assert_close(gradients["ort"][name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_graph_without_fusion_is_not_fused_after_one_with_it():
+    """ONNX Runtime asks for the operators with each session, once the fuser is registered."""
+    package = SimpleNamespace(get_config=lambda: '{"ops": {"Add": {}}}')
+    triton_kernels._only_where_asked_for(package)
+    with OrtOptions(fusion="triton").environment():
+        assert json.loads(package.get_config())["ops"] == {"Add": {}}
+    with OrtOptions().environment():
+        assert json.loads(package.get_config())["ops"] == {}

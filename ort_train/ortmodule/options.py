@@ -100,9 +100,6 @@ class OrtOptions:
     tuning: bool = False
     max_tuning_duration_ms: int | None = None
     tuning_results_path: str | None = None
-    flash_attention: bool = False
-    efficient_attention: bool = False
-    aten_sdpa: bool = False
     #: Log CUDA's memory at each stage of a step.
     print_memory_stats: bool = False
     #: Save the graphs of each stage as ONNX files under `save_onnx_path`, named by `onnx_prefix`.
@@ -211,9 +208,6 @@ class OrtOptions:
             for name, off in (
                 ("fusion", "none"),
                 ("tuning", False),
-                ("flash_attention", False),
-                ("efficient_attention", False),
-                ("aten_sdpa", False),
                 ("print_memory_stats", False),
                 ("conv_algo_search", "heuristic"),
             )
@@ -250,9 +244,6 @@ class OrtOptions:
             "ORTMODULE_ENABLE_TUNING": flag(self.tuning),
             "ORTMODULE_MAX_TUNING_DURATION_MS": self.max_tuning_duration_ms,
             "ORTMODULE_TUNING_RESULTS_PATH": self.tuning_results_path,
-            "ORTMODULE_USE_FLASH_ATTENTION": flag(self.flash_attention),
-            "ORTMODULE_USE_EFFICIENT_ATTENTION": flag(self.efficient_attention),
-            "ORTMODULE_ATEN_SDPA_FALLBACK": "1" if self.aten_sdpa else None,
             "ORTMODULE_PRINT_MEMORY_STATS": flag(self.print_memory_stats),
             "ORTMODULE_SAVE_ONNX_PATH": self.save_onnx_path,
             # Upstream's cache key ignores dtype, requires_grad and opset: a stale graph would be

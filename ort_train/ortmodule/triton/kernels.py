@@ -10,7 +10,9 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +80,24 @@ def _names_and_constants(ir: Any) -> None:
                 self.var_map[variable] = f'float("{self.var_map[variable]}")'
 
     ir.KernelNode.gen_variable_names = gen_variable_names
+
+
+def _only_where_asked_for(package: Any) -> None:
+    """The fuser takes part in every CUDA session from the first that asks for it on
+    (`graph_transformer_utils.cc`): those with `fusion="none"` find nothing that it may take.
+
+    Args:
+        package: `ort_triton`, which hands its `get_config` to ONNX Runtime.
+    """
+    read = package.get_config
+
+    @functools.wraps(read)
+    def get_config() -> str:
+        if os.environ.get("ORTMODULE_USE_TRITON") == "1":
+            return read()
+        return json.dumps({"ops": {}, "initializer": "none", "min_nodes": 2})
+
+    package.get_config = get_config
 
 
 def _own_cache(cache: Any) -> None:
@@ -203,6 +223,7 @@ def load() -> Any:
     )
     _deterministic_names(executor, ir, utils)
     _names_and_constants(ir)
+    _only_where_asked_for(importlib.import_module(_PACKAGE))
     _own_cache(cache)
     _device_of_inputs(codegen)
     _conditions(codegen)
