@@ -233,6 +233,10 @@ def check_ortmodule() -> Iterator[Check]:
         yield Check("ORTModule", "ok", "can be imported")
 
 
+#: Of the GPUs that CUDA 11.8 knows (Hopper).
+_NEWEST_CAPABILITY = (9, 0)
+
+
 def _nvidia_device() -> bool:
     """Whether an NVIDIA display controller is on the PCI bus, driver or not."""
     for device in Path("/sys/bus/pci/devices").glob("*"):
@@ -279,6 +283,23 @@ def check_gpu() -> Iterator[Check]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         detail = f"{', '.join(names)}; torch for CUDA {torch.version.cuda}"
         yield Check("GPU", "ok", f"{detail}; unverified on GPUs so far: docs/gpu.md")
+        yield from _check_capability()
+
+
+def _check_capability() -> Iterator[Check]:
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        if capability > _NEWEST_CAPABILITY:
+            yield Check(
+                "GPU",
+                "warning",
+                f"{torch.cuda.get_device_name(i)} has compute capability "
+                f"{'.'.join(map(str, capability))}, and onnxruntime-training 1.19.2 is built for "
+                f"up to {'.'.join(map(str, _NEWEST_CAPABILITY))}: backend ort may not run there",
+                "train with train.backend=compile on it, or with backend ort on an older GPU",
+            )
 
 
 def check_machine() -> Iterator[Check]:

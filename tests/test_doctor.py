@@ -129,6 +129,22 @@ def test_a_gpu_machine_with_a_cpu_installation(monkeypatch):
     assert {check.status for check in findings} == {"problem"}
 
 
+@pytest.mark.parametrize(("capability", "statuses"), [((9, 0), {"ok"}), ((12, 0), {"warning"})])
+def test_a_gpu_newer_than_the_wheel_is_a_warning(monkeypatch, capability, statuses):
+    from ort_train.ortmodule import cuda
+
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(cuda, "driver_present", lambda: True)
+    monkeypatch.setattr(cuda, "missing_libraries", lambda: [])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+    findings = [check for check in checks.check_gpu() if check.name == "GPU"]
+    assert {check.status for check in findings} - {"ok"} == statuses - {"ok"}
+
+
 def test_a_gpu_without_driver_is_a_warning(monkeypatch):
     from ort_train.ortmodule import cuda
 
