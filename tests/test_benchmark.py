@@ -209,6 +209,12 @@ class TestRunBenchmark:
         assert all(worker._process.poll() is not None for worker in workers)
         assert os.listdir(tmp_path) == []
 
+    def test_a_log_file_gets_no_bar(self, capsys):
+        measure(make_config(), [Case("ort")], progress=True, on_event=print)
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        assert "ort fp32 2x64: round 2 of 2" in captured.out
+
     def test_an_interrupt_keeps_the_shapes_before_it(self, tmp_path, capsys):
         def interrupt(event: str) -> None:
             if "ort fp32 2x64: round 1" in event:

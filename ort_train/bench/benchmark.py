@@ -85,7 +85,7 @@ def run_benchmark(
         threads: of torch and of ORT; None: their own choice.
         profile_steps: after all rounds, backend ort runs this many more with a profile of its
             kernels.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, where that is a terminal.
         on_event: called with a line of text whenever a case has come a stage further.
         timeout_s: how long one stage of a case may take before it counts as hung.
 
@@ -105,7 +105,9 @@ def run_benchmark(
     machine = provenance.machine()  # before the load that is about to come
     shapes = [list(group) for _, group in groupby(runs, key=lambda run: run.shape)]
     was_interrupted = False
-    with tqdm(total=len(runs) * (1 + rounds), disable=not progress, unit="turn") as bar:
+    with tqdm(
+        total=len(runs) * (1 + rounds), disable=None if progress else True, unit="turn"
+    ) as bar:
         for num_measured, group in enumerate(shapes):
             try:
                 take_turns(

@@ -96,7 +96,9 @@ def run_benchmark(
     named = list(dict.fromkeys([REFERENCE, *engines]))
     with (
         tempfile.TemporaryDirectory(prefix="ort_train-prompts-") as folder,
-        tqdm(total=len(shapes) * len(named) * (1 + rounds), disable=not progress) as bar,
+        tqdm(
+            total=len(shapes) * len(named) * (1 + rounds), disable=None if progress else True
+        ) as bar,
     ):
         for batch_size, prompt_len in shapes:
             prompts = Path(folder) / f"{batch_size}x{prompt_len}.npy"

@@ -131,7 +131,9 @@ def run_benchmark(
     named = list(dict.fromkeys([REFERENCE, *engines]))
     shapes = list(product(batch_sizes, steps))
     runs: list[Run] = []
-    with tqdm(total=len(shapes) * len(named) * (1 + rounds), disable=not progress) as bar:
+    with tqdm(
+        total=len(shapes) * len(named) * (1 + rounds), disable=None if progress else True
+    ) as bar:
         for batch_size, num_steps in shapes:
             group = [
                 Run(

@@ -48,7 +48,7 @@ def export_pipeline(
         source: a folder that diffusers' `save_pretrained` wrote, of a pipeline in
             `parts.PIPELINES`; or a name on the hub.
         out: a new or empty folder; it is whole or not there.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, where that is a terminal.
         on_event: called with a line of text for each model.
 
     Raises:
@@ -71,7 +71,7 @@ def export_pipeline(
     tell = on_event or (lambda line: None)
     with (
         folders.staged(out, num_bytes) as staged,
-        tqdm(total=num_bytes, unit="B", unit_scale=True, disable=not progress) as bar,
+        tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
         shutil.copy2(index.path / INDEX_FILE, staged / INDEX_FILE)
         for name in index.companions:

@@ -98,7 +98,9 @@ def run_benchmark(
     measured = {(r["model"], r["hidden"], r["heads"]) for r in record["results"]}
     missing = [size for size in sizes if (size.model, size.hidden, size.heads) not in measured]
     per_size = (2 + with_compile) * (1 + rounds)
-    with tqdm(total=len(missing) * per_size, disable=not progress, unit="turn") as bar:
+    with tqdm(
+        total=len(missing) * per_size, disable=None if progress else True, unit="turn"
+    ) as bar:
         for size in missing:
             with tempfile.TemporaryDirectory(prefix="ort_train-passes-") as folder:
                 shape = (batch_size, seq_len)
