@@ -1,4 +1,4 @@
-"""The worker's end of a benchmark: answers the requests of `bench_process.Worker`.
+"""The worker's end of a benchmark: answers the requests of `process.Worker`.
 
 Needs nothing but the standard library, so that a worker may run in another environment.
 """

@@ -1,6 +1,6 @@
 """One benchmark case in a fresh process: training steps of one backend, timed.
 
-Started by `bench_process.Worker`, which sends one JSON request a line and reads one JSON reply:
+Started by `process.Worker`, which sends one JSON request a line and reads one JSON reply:
     prepare  build data, model and optimizer; first step; warm-up steps
     round    some training steps, timed
     finish   peak memory; the process ends after it
