@@ -1,6 +1,6 @@
 """One case of a benchmark of generation in a fresh process: PyTorch or ONNX Runtime.
 
-Answers what `bench_process.Worker` asks:
+Answers what `bench.process.Worker` asks:
     prepare  load the model; one prompt and generation, whose logits and tokens go to a file
     round    a prompt and a generation, timed
     finish   peak memory; the process ends after it

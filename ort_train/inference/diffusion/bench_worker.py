@@ -1,6 +1,6 @@
 """One case of a benchmark of images in a fresh process: a pipeline's call, timed.
 
-Answers what `bench_process.Worker` asks:
+Answers what `bench.process.Worker` asks:
     prepare  load the pipeline; one batch, whose pixels are written to a file
     round    a batch from prompts to pixels, timed
     finish   peak memory; the process ends after it
