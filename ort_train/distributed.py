@@ -100,6 +100,36 @@ def accumulation_steps(
     return steps
 
 
+def check_launch() -> None:
+    """Refuse an environment that only half says that this process is one of several ranks.
+
+    Raises:
+        RankError: naming the variables.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    for name in (name for name in names if name in os.environ):
+        try:
+            int(os.environ[name])
+        except ValueError:
+            raise RankError(
+                f"{name} is {os.environ[name]!r} in the environment, where a launcher sets a "
+                "number: unset it, or launch with torchrun or deepspeed"
+            ) from None
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if world_size() > 1 and missing:
+        raise RankError(
+            f"WORLD_SIZE is {world_size()} in the environment, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: launch with torchrun or deepspeed, "
+            "or unset WORLD_SIZE to train in one process"
+        )
+    if not 0 <= rank() < world_size():
+        raise RankError(
+            f"RANK is {rank()} in the environment, but WORLD_SIZE {world_size()}: launch with "
+            "torchrun or deepspeed, or unset RANK to train in one process"
+        )
+
+
 def check_port() -> None:
     """Refuse a port that another job holds, before the ranks wait for one another.
 

@@ -49,6 +49,7 @@ def run(config: RunConfig) -> JobResult:
         RankError: where the ranks can't meet, or one of them has died.
         StoppedBySignal: on all ranks, after the checkpoint that a signal asked for.
     """
+    distributed.check_launch()
     distributed.share_cores()
     distributed.take_device()
     check(config)

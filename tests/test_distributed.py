@@ -14,10 +14,12 @@ from ports import free_port
 from safetensors.torch import load_file
 
 from ort_train import distributed
+from ort_train.cli import main
 
 pytestmark = pytest.mark.usefixtures("shared_graphs")
 
 ROOT = Path(__file__).parents[1]
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node", "2"],
     "deepspeed": ["deepspeed", "--num_accelerators", "2"],
@@ -30,6 +32,47 @@ def test_only_the_first_rank_is_the_main_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "2")
     assert not distributed.is_main_process()
     assert distributed.rank() == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+        ({"RANK": ""}, "RANK is '' in the environment"),
+        ({"WORLD_SIZE": "2"}, "but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "but LOCAL_RANK is not set: launch with torchrun",
+        ),
+        ({"RANK": "1"}, "RANK is 1 in the environment, but WORLD_SIZE 1"),
+    ],
+)
+def test_half_a_launch_is_refused_before_work(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    variables: dict[str, str],
+    expected: str,
+) -> None:
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    command = ["train", "--recipe", "quickstart", "--tiny", f"output.dir={tmp_path / 'run'}"]
+    assert main(command) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"LOCAL_RANK": "-1"}, dict.fromkeys(("RANK", "LOCAL_RANK"), "0")]
+)
+def test_one_process_is_a_launch(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    distributed.check_launch()
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
