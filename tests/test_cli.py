@@ -269,4 +269,4 @@ def test_an_output_that_cannot_be_written_is_said_in_a_line():
 
 def test_an_empty_name_is_no_list(capsys: pytest.CaptureFixture[str]):
     assert main(["recipes", ""]) == 2
-    assert "unknown recipe ''" in capsys.readouterr().err
+    assert "recipe ''" in capsys.readouterr().err
