@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from ort_train import recipes
-from ort_train.config import keys, parse, to_yaml
+from ort_train.config import DataConfig, ModelConfig, TrainConfig, keys, parse, to_yaml
 from ort_train.errors import ConfigError
 from ort_train.recipes import list_recipes, load_recipe, tiny
 
@@ -70,6 +71,20 @@ def test_the_readme_lists_every_key():
     # A teacher's keys are a model's, which are told once.
     told = {"distill.teacher" if key.startswith("distill.teacher.") else key for key in keys()}
     assert [key for key in sorted(told) if f"| `{key}` |" not in text] == []
+
+
+def choices(annotation: Any) -> set[str]:
+    """Those of a Literal, wherever in a type it stands."""
+    parts = get_args(annotation)
+    return set().union(*({part} if isinstance(part, str) else choices(part) for part in parts))
+
+
+def test_the_readme_lists_every_choice():
+    lines = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    for section, kind in (("model", ModelConfig), ("data", DataConfig), ("train", TrainConfig)):
+        for name, field in kind.model_fields.items():
+            told = "".join(line for line in lines if line.startswith(f"| `{section}.{name}` |"))
+            assert [each for each in choices(field.annotation) if f"`{each}`" not in told] == []
 
 
 def test_installed_recipes_come_before_a_checkouts(tmp_path, monkeypatch):
