@@ -101,16 +101,11 @@ def _read_in_backward(graph: Any) -> tuple[list[int], list[int]]:
     Args:
         graph: onnx.GraphProto of forward and backward.
     """
-    producers = GraphIndex(graph).producers
+    index = GraphIndex(graph)
+    producers = index.producers
     (yields,) = (node for node in graph.node if node.op_type == "YieldOp")
-    forward = {id(yields)}
-    stack = [yields]
-    while stack:
-        for name in inputs_of(stack.pop()):
-            node = producers.get(name)
-            if node is not None and id(node) not in forward:
-                forward.add(id(node))
-                stack.append(node)
+    computed = index.ancestors(*inputs_of(yields))
+    forward = {id(yields), *(id(producers[name]) for name in computed & producers.keys())}
 
     def origin(name: str) -> str:
         while (node := producers.get(name)) is not None and node.op_type in _VIEWS:

@@ -26,7 +26,8 @@ class GraphIndex:
 
     Attributes:
         producers: the node that computes a value, by its name.
-        reads: who reads a value: nodes and the positions of their inputs, in the graph's order.
+        reads: who reads a value: nodes and the positions of their inputs, in the graph's order;
+            None is the position of what only a branch or a loop of theirs reads.
         outputs: names of the graph's outputs.
         initializers: onnx.TensorProto by name.
         infos: onnx.ValueInfoProto by name.
@@ -37,13 +38,15 @@ class GraphIndex:
     def __init__(self, graph: Any):
         self.graph = graph
         self.producers: dict[str, Any] = {}
-        self.reads: dict[str, list[tuple[Any, int]]] = {}
+        self.reads: dict[str, list[tuple[Any, int | None]]] = {}
         for node in graph.node:
             for name in filter(None, node.output):
                 self.producers[name] = node
             for position, name in enumerate(node.input):
                 if name:
                     self.reads.setdefault(name, []).append((node, position))
+            for name in inputs_within(node):
+                self.reads.setdefault(name, []).append((node, None))
         self.outputs = {info.name for info in graph.output}
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.infos = {info.name: info for info in (*graph.value_info, *graph.input, *graph.output)}
@@ -84,14 +87,14 @@ class GraphIndex:
             return np.concatenate([np.atleast_1d(value) for value in values])
         return np.asarray(values[0]).reshape(-1) if node.op_type != "Cast" else values[0]
 
-    def ancestors(self, name: str) -> set[str]:
-        """Everything that a value is computed of, itself included."""
-        seen = {name}
-        stack = [name]
+    def ancestors(self, *names: str) -> set[str]:
+        """Everything that values are computed of, themselves included."""
+        seen = set(names)
+        stack = [*names]
         while stack:
             node = self.producers.get(stack.pop())
-            for each in node.input if node is not None else ():
-                if each and each not in seen:
+            for each in inputs_of(node) if node is not None else ():
+                if each not in seen:
                     seen.add(each)
                     stack.append(each)
         return seen
@@ -100,6 +103,11 @@ class GraphIndex:
 def inputs_of(node: Any) -> Iterator[str]:
     """What a node reads, and what is read in its branches and loops."""
     yield from filter(None, node.input)
+    yield from inputs_within(node)
+
+
+def inputs_within(node: Any) -> Iterator[str]:
+    """What is read in a node's branches and loops."""
     for each in node.attribute:
         for part in each.g.node:
             yield from inputs_of(part)

@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ort_train.ortmodule.graph import declare, inputs_of
+from ort_train.ortmodule.graph import declare, inputs_of, inputs_within
 from ort_train.ortmodule.kernels.aten import aten_node, operator_name
 from ort_train.ortmodule.patching import replaced
 
@@ -161,11 +161,12 @@ def apply(graph: Any, trained: frozenset[str]) -> None:
         return
     differentiable = set(trained)
     renamed: dict[str, str] = {}
-    outputs = {info.name for info in graph.output}
+    kept = {info.name for info in graph.output}
+    kept.update(name for node in graph.node for name in inputs_within(node))
     nodes = []
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-        is_differentiable = not differentiable.isdisjoint(node.input)
+        is_differentiable = not differentiable.isdisjoint(inputs_of(node))
         if node.doc_string == OPERATOR:
             if is_differentiable:
                 # ONNX Runtime passes the first node behind a parameter, whatever it is
@@ -174,7 +175,7 @@ def apply(graph: Any, trained: frozenset[str]) -> None:
                 nodes.append(aten_node(OPERATOR, [name], [between], f"{node.name}/before"))
                 declare(graph, [between, *node.output])
                 node = aten_node(OPERATOR, [between], node.output, node.name)
-            elif node.output[0] not in outputs:
+            elif node.output[0] not in kept:
                 renamed[node.output[0]] = node.input[0]
                 continue
         elif is_differentiable:

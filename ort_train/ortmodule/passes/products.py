@@ -24,7 +24,7 @@ import torch
 
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule.export.graph_module import MODULE_PREFIX
-from ort_train.ortmodule.graph import Dim, GraphIndex, Shape, attribute, declare
+from ort_train.ortmodule.graph import Dim, GraphIndex, Shape, attribute, declare, inputs_of
 from ort_train.ortmodule.kernels import attention_kernels, onednn, packed_attention, product_kernels
 from ort_train.ortmodule.kernels.aten import aten_node, operator_name
 from ort_train.ortmodule.passes import activations, bf16_values, embeddings, losses
@@ -303,7 +303,7 @@ def _can_hand_on(node: Any) -> bool:
 
 def _without_unused(nodes: list[Any], outputs: set[str]) -> list[Any]:
     """Without the transposes and reshapes that nothing reads any more."""
-    used = {name for node in nodes for name in node.input} | outputs
+    used = {name for node in nodes for name in inputs_of(node)} | outputs
     return [
         node
         for node in nodes

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ort_train.ortmodule.graph import Dim, Shape, attribute
+from ort_train.ortmodule.graph import Dim, Shape, attribute, inputs_of
 from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN
 from ort_train.ortmodule.sparse.rows import HEADS, SWAPPED, Plan, Role, RowSpace, indexed
 
@@ -320,15 +320,6 @@ def packed_name(name: str, selection: Selection) -> str:
     return f"{name}/{selection.size}"
 
 
-def _reads(node: Any) -> list[str]:
-    """What a node reads, in its branches and loops, too."""
-    names = list(node.input)
-    for each in node.attribute:
-        for inner in each.g.node:
-            names += _reads(inner)
-    return names
-
-
 def _sorted(nodes: list[Any], outputs: set[str]) -> list[Any]:
     """The nodes that the outputs need, each behind what it reads."""
     producers = {name: node for node in nodes for name in node.output if name}
@@ -348,7 +339,7 @@ def _sorted(nodes: list[Any], outputs: set[str]) -> list[Any]:
                 result.append(node)
                 continue
             stack.append((node, True))
-            for name in reversed(_reads(node)):
+            for name in reversed([*inputs_of(node)]):
                 source = producers.get(name)
                 if source is not None and id(source) not in done:
                     stack.append((source, False))
