@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ort_train.auto.trial import Decision
     from ort_train.ortmodule import OrtOptions
     from ort_train.ortmodule.forward import OrtForward
-    from ort_train.ortmodule.sparse.sparsity import Savings
 
 BackendName = Literal["eager", "compile", "ort", "auto"]
 PrecisionName = Literal["fp32", "bf16", "fp16", "auto"]
@@ -279,15 +278,3 @@ def ort_forward(stand_in: TrainingForward) -> OrtForward | None:
     """What runs training calls in ONNX Runtime; None with other backends, and before backend "auto"
     has chosen."""
     return getattr(stand_in.runner, "ort", None)
-
-
-def savings(stand_in: TrainingForward) -> Savings | None:
-    """What a step leaves out of a batch (OrtOptions.label_sparsity, padding_sparsity), or None."""
-    forward = ort_forward(stand_in)
-    return None if forward is None else forward.savings
-
-
-def graph_from_cache(stand_in: TrainingForward) -> bool | None:
-    """Whether the first training call took its graph from the cache; None where there is none."""
-    forward = ort_forward(stand_in)
-    return None if forward is None else forward.graph_from_cache

@@ -23,10 +23,9 @@ from transformers.modeling_outputs import ModelOutput
 from ort_train import checkpoints, distributed, fingerprint
 from ort_train.backends import (
     decision_of,
-    graph_from_cache,
     keep_trained_weights,
+    ort_forward,
     runner_factory,
-    savings,
 )
 from ort_train.data import batches
 from ort_train.errors import ConfigError, NonFiniteLossError
@@ -41,6 +40,7 @@ from ort_train.training_args import (
 
 if TYPE_CHECKING:
     from ort_train.auto.trial import Decision
+    from ort_train.ortmodule.forward import OrtForward
 
 __all__ = [
     "ORTOptimizerNames",
@@ -165,7 +165,12 @@ class ORTTrainer(Trainer):
     def graph_from_cache(self) -> bool | None:
         """Whether the first step, or the trial of `backend="auto"`, took its graph from the cache;
         None for a backend without, and before it."""
-        return None if self._stand_in is None else graph_from_cache(self._stand_in)
+        forward = self._ort_forward
+        return None if forward is None else forward.graph_from_cache
+
+    @property
+    def _ort_forward(self) -> OrtForward | None:
+        return None if self._stand_in is None else ort_forward(self._stand_in)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the newest whole checkpoint."""
@@ -248,10 +253,9 @@ class ORTTrainer(Trainer):
         return loss
 
     def _count_savings(self, inputs: dict[str, Any]) -> None:
-        chosen = self.decision
-        if self._stand_in is None or not (self._leaves_out or (chosen and chosen.sparsity)):
-            return
-        if (saved := savings(self._stand_in)) is not None:
+        chosen, forward = self.decision, self._ort_forward
+        if forward is not None and (self._leaves_out or (chosen and chosen.sparsity)):
+            saved = forward.savings
             self.sparsity.add(inputs, saved.flops_per_padding, saved.flops_per_ignored_label)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
