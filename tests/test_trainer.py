@@ -299,21 +299,26 @@ def test_preprocessed_logits_and_named_eval_sets(tiny_llama: MakeModel, tmp_path
     assert metrics["eval_a_shape"] == metrics["eval_b_shape"] == 2
 
 
-def test_metric_decides_the_best_checkpoint(tiny_llama: MakeModel, tmp_path: Path):
-    values = iter([0.1, 0.9, 0.2])
-    trainer = ort_trainer(
-        tiny_llama(),
-        tmp_path,
+def scored(model: Any, output_dir: Path, scores: list[float], **fields: Any) -> ORTTrainer:
+    """A checkpoint every two steps; the one with the highest score is loaded at the end."""
+    values = iter(scores)
+    return ort_trainer(
+        model,
+        output_dir,
         compute_metrics=lambda p: {"score": next(values)},
         eval_strategy="steps",
         eval_steps=2,
         save_strategy="steps",
         save_steps=2,
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="score",
         greater_is_better=True,
+        **fields,
     )
+
+
+def test_metric_decides_the_best_checkpoint(tiny_llama: MakeModel, tmp_path: Path):
+    trainer = scored(tiny_llama(), tmp_path, [0.1, 0.9, 0.2], save_total_limit=2)
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     names = sorted(path.name for path in tmp_path.glob("*checkpoint*"))
@@ -323,19 +328,7 @@ def test_metric_decides_the_best_checkpoint(tiny_llama: MakeModel, tmp_path: Pat
 
 
 def test_best_adapter_is_loaded_at_the_end(tiny_llama: MakeModel, tmp_path: Path):
-    values = iter([0.9, 0.1, 0.2])
-    trainer = ort_trainer(
-        adapted(tiny_llama()),
-        tmp_path,
-        compute_metrics=lambda p: {"score": next(values)},
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
+    trainer = scored(adapted(tiny_llama()), tmp_path, [0.9, 0.1, 0.2])
     trainer.train()
     from safetensors.torch import load_file
 
