@@ -20,19 +20,23 @@ from typing import Any, NamedTuple
 import torch
 
 from ort_train.forward import taken_over
+from ort_train.ortmodule.kernels import product_kernels
 from ort_train.ortmodule.kernels.aten import operator_name
 
 _SUFFIX = "_kernel_time"
 PRODUCTS = "matrix_products"
+_OURS, _OURS_BATCHED = product_kernels.PRODUCTS, product_kernels.BATCHED_PRODUCTS
 #: Kinds of kernels by what their operators are called; the first that matches.
 _KINDS = {
-    PRODUCTS: r"(MatMul|FusedMatMul|Gemm|FusedGemm)$|ort_train::(batched_)?product_",
+    PRODUCTS: "|".join(
+        ["(MatMul|FusedMatMul|Gemm|FusedGemm)$", *_OURS.values(), *_OURS_BATCHED.values()]
+    ),
     "norms": r".*(LayerNorm|LayerNormalization|BatchNorm|layer_norm|rms_norm)",
     "loss": r".*(CrossEntropy|cross_entropy|NegativeLogLikelihood)",
     "softmax": r".*Softmax",
     "activations": r"(.*[GgRr]elu|Sigmoid|Tanh|Erf|.*Silu)",
     "embedding": r".*embedding",
-    "rounding": r"ort_train::to_bf16$|Cast$",
+    "rounding": rf"{product_kernels.ROUND}$|Cast$",
     "decoding": r"ort_train::.*(decode|4bit)",
     "copies": (
         r"(Transpose|Reshape|(Uns|S)queeze|Concat|Split|Slice|Gather|Scatter|Expand|Pad|Flatten"
