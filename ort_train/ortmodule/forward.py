@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import operator
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.cache.packages import package
 from ort_train.ortmodule.call import (
     CallSchema,
     describe_call,
@@ -32,6 +34,9 @@ from ort_train.ortmodule.sparse.sparsity import Savings
 logger = logging.getLogger(__name__)
 
 _version = operator.attrgetter("_version")
+#: Packages whose forward hooks compute (a normalized, pruned or moved weight) and keep nothing for
+#: whoever set them. Of any other, installed or not, that isn't known.
+_ONLY_COMPUTE = frozenset({"accelerate", "peft", "torch", "transformers"})
 
 
 class OrtForward:
@@ -256,22 +261,23 @@ def _refuse_backward_hooks(module: torch.nn.Module) -> None:
 
 def _warn_of_forward_hooks(module: torch.nn.Module) -> None:
     """What a hook computes is in the graph; what it keeps or prints is the first batch's."""
-    for name, part in module.named_modules():
-        for hook in forward_hooks(part) if part is not module else ():
-            # Those of libraries compute (a normalized or pruned weight), and keep nothing.
-            package = (getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0]
-            if package not in ("torch", "transformers", "peft", "accelerate"):
-                warnings.warn(
-                    f"submodule {name!r} of {type(module).__name__} has a forward hook "
-                    f"({getattr(hook, '__qualname__', type(hook).__name__)}): backend 'ort' traces "
-                    "what it does to tensors, and calls it no more, so what it keeps or prints is "
-                    "that of the batch that a graph was built with. To read hidden values, have "
-                    "the module return them (output_hidden_states=True), or train with "
-                    "backend='compile' or 'eager'",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                return
+    hooks = (
+        (name, hook)
+        for name, part in module.named_modules()
+        for hook in (forward_hooks(part) if part is not module else ())
+        if package(getattr(hook, "__module__", None) or type(hook).__module__) not in _ONLY_COMPUTE
+    )
+    for name, hook in itertools.islice(hooks, 1):
+        warnings.warn(
+            f"submodule {name!r} of {type(module).__name__} has a forward hook "
+            f"({getattr(hook, '__qualname__', type(hook).__name__)}): backend 'ort' traces "
+            "what it does to tensors, and calls it no more, so what it keeps or prints is "
+            "that of the batch that a graph was built with. To read hidden values, have "
+            "the module return them (output_hidden_states=True), or train with "
+            "backend='compile' or 'eager'",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _asks_for_cache(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -136,7 +136,7 @@ class Description:
         if isinstance(value, enum.Enum):
             return f"{kind.__module__}.{kind.__qualname__}.{value.name}"
         if isinstance(value, types.FunctionType):
-            return self._function(value, where)
+            return self._function(value)
         if isinstance(value, type):
             return self._class(value, where)
         if isinstance(value, types.ModuleType):
@@ -149,7 +149,7 @@ class Description:
             return f"{kind.__name__} {getattr(value, '__qualname__', None) or value!s}"
         wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
         if isinstance(wrapped, types.FunctionType) and self._is_known(kind.__module__):
-            return f"{kind.__qualname__} of {self._function(wrapped, where)}"  # lru_cache
+            return f"{kind.__qualname__} of {self._function(wrapped)}"  # lru_cache
         if isinstance(value, staticmethod | classmethod):
             return self._parts(kind.__name__, (value.__func__,), where, strict)
         if isinstance(value, property):
@@ -244,7 +244,7 @@ class Description:
             else:
                 self._feed(key, self._token(value, path, strict))
 
-    def _function(self, function: types.FunctionType, where: str) -> str:
+    def _function(self, function: types.FunctionType) -> str:
         number, is_new = self._number(function)
         if is_new:
             self._queue.append(lambda: self._describe_function(function, number))

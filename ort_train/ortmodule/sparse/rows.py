@@ -174,7 +174,7 @@ def plan(node: Any, index: GraphIndex, space: RowSpace) -> Plan | None:
     if kind == "Dropout":
         roles = _first_only(shapes, space, num_axes)
     elif kind in ELEMENTWISE:
-        roles = [_broadcast(shape, out, space, num_axes) for shape in shapes]
+        roles = [_broadcast(shape, out, num_axes) for shape in shapes]
     elif (rule := _RULES.get(kind)) is not None:
         roles = rule(node, index, space, num_axes)
     else:
@@ -188,7 +188,7 @@ def plan(node: Any, index: GraphIndex, space: RowSpace) -> Plan | None:
     return Plan(num_axes, tuple(known), rest)
 
 
-def _broadcast(shape: Shape | None, out: Shape, space: RowSpace, num_axes: int) -> Role | None:
+def _broadcast(shape: Shape | None, out: Shape, num_axes: int) -> Role | None:
     """The role of an operand that numpy's rules broadcast to `out`."""
     if shape is None:
         return None
@@ -228,7 +228,7 @@ def _gemm(node: Any, index: GraphIndex, space: RowSpace, num_axes: int) -> list[
         return None
     roles = _first_only(shapes[:2], space, num_axes)
     if roles is not None and len(shapes) > 2:
-        bias = _broadcast(shapes[2], index.shapes[node.output[0]], space, num_axes)
+        bias = _broadcast(shapes[2], index.shapes[node.output[0]], num_axes)
         return None if bias is None else [*roles, bias]
     return roles
 
