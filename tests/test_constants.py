@@ -14,7 +14,7 @@ from trained_graphs import forward_of
 
 from ort_train import OrtOptions, unwrap, wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule.cache.constants import PlainAttributes
+from ort_train.ortmodule.constants import PlainAttributes
 
 MakeModel = Callable[..., Any]
 X = torch.linspace(-1, 1, 12).reshape(4, 3)

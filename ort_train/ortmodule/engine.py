@@ -8,7 +8,7 @@ import importlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 
 from ort_train.ortmodule import upstream
 from ort_train.ortmodule.cache import cached_graph, export_cache, trace_key
-from ort_train.ortmodule.cache.constants import Constants, PlainAttributes
 from ort_train.ortmodule.cache.described import UndescribableError
 from ort_train.ortmodule.call import CallSchema
+from ort_train.ortmodule.constants import Constants, PlainAttributes
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.export import (
     attention,
@@ -100,7 +100,7 @@ class Engine:
             state: of the module; other parameters and buffers than last time's are bound anew.
             make_deferred: what stands for logits that the graph doesn't compute.
         """
-        named = dict(zip(self._graph_module._schema.names, tensors, strict=True))
+        named = dict(zip(self._graph_module.schema.names, tensors, strict=True))
         if self._options.allow_spinning and self._is_on_cpu:
             openmp.quiet()
         if self._ort_module is None:
@@ -208,25 +208,7 @@ class Engine:
                 try:
                     with (
                         self._cached(key, options, started, attributes),
-                        buffers_kept(module),
-                        transformers_compat.export_scope(module),
-                        quantized.export_scope(module, options.onnx_opset_version),
-                        products.export_scope(
-                            options.products,
-                            self._precision,
-                            options.keep_rounded_weights,
-                            named.values(),
-                        ),
-                        attention.export_scope(
-                            options.attention,
-                            is_faster=self._is_on_cpu
-                            and (
-                                bool(options.padding_sparsity)
-                                or attention_kernels.is_faster(self._precision, named.values())
-                            ),
-                            # It has to find attention's products in the graph.
-                            is_free=not recomputes(options),
-                        ),
+                        self._export_scope(options, named.values()),
                     ):
                         outputs = self._ort_module(**named)
                 except Exception as error:
@@ -234,8 +216,50 @@ class Engine:
                     torch.set_rng_state(rng_state)
                     who = f"backend 'ort' can't train {type(module).__name__}"
                     raise explained(error, who) from error
-        manager = self._training_manager
-        random = cached_graph.random_operators(manager)
+        self._note_randomness(recomputes(options), rng_state)
+        self._note_constants(attributes)
+        self.build_s = time.perf_counter() - started
+        if self.saved_s is None:
+            logger.info("built a training graph for %s in %.1f s", self._name, self.build_s)
+        return outputs
+
+    @contextlib.contextmanager
+    def _export_scope(
+        self, options: OrtOptions, tensors: Collection[torch.Tensor]
+    ) -> Iterator[None]:
+        """How this module's layers, products and attention are exported meanwhile.
+
+        Args:
+            tensors: of the first batch.
+        """
+        module = self._graph_module.module
+        is_attention_faster = self._is_on_cpu and (
+            bool(options.padding_sparsity) or attention_kernels.is_faster(self._precision, tensors)
+        )
+        with (
+            buffers_kept(module),
+            transformers_compat.export_scope(module),
+            quantized.export_scope(module, options.onnx_opset_version),
+            products.export_scope(
+                options.products, self._precision, options.keep_rounded_weights, tensors
+            ),
+            attention.export_scope(
+                options.attention,
+                is_faster=is_attention_faster,
+                # It has to find attention's products in the graph.
+                is_free=not recomputes(options),
+            ),
+        ):
+            yield
+
+    def _note_randomness(self, has_recompute: bool, rng_state: torch.Tensor) -> None:
+        """Whether the graph draws random numbers, and from which generators.
+
+        Args:
+            has_recompute: whether it computes activations again in backward.
+            rng_state: torch's, before the build.
+        """
+        random = cached_graph.random_operators(self._training_manager)
         self._is_stochastic = bool(random)
         if once := random & cached_graph.SEEDED_ONCE:
             logger.warning(
@@ -243,7 +267,7 @@ class Engine:
                 "run to run, but a resumed run draws other than one that goes on",
                 ", ".join(sorted(once)),
             )
-        self._recomputes_dropout = self._is_stochastic and recomputes(options)
+        self._recomputes_dropout = self._is_stochastic and has_recompute
         if self._recomputes_dropout:
             logger.warning(
                 "dropout is recomputed by ONNX Runtime, which seeds its masks once: they follow "
@@ -253,17 +277,14 @@ class Engine:
         torch.set_rng_state(rng_state)
         if self._is_stochastic:
             self._draw_seed()
-        graph_inputs = set(
-            manager._graph_transition_manager._exported_model_info.onnx_graph_input_names
-        )
-        buffers = dict(module.named_buffers())
+
+    def _note_constants(self, attributes: PlainAttributes) -> None:
+        transition = self._training_manager._graph_transition_manager
+        graph_inputs = set(transition._exported_model_info.onnx_graph_input_names)
+        buffers = dict(self._graph_module.module.named_buffers())
         self._buffer_names = tuple(n for n in buffers if MODULE_PREFIX + n in graph_inputs)
         constant = {name: b for name, b in buffers.items() if name not in self._buffer_names}
         self._constants = Constants(attributes, constant)
-        self.build_s = time.perf_counter() - started
-        if self.saved_s is None:
-            logger.info("built a training graph for %s in %.1f s", self._name, self.build_s)
-        return outputs
 
     @property
     def _name(self) -> str:
@@ -277,8 +298,8 @@ class Engine:
         try:
             return trace_key.key_of(
                 part.module,
-                part._module_forward,
-                part._schema,
+                part.module_forward,
+                part.schema,
                 tensors,
                 self._options,
                 self._precision,
@@ -337,14 +358,14 @@ class Engine:
     def _device(self) -> torch.device:
         """The GPU's where module or call has a tensor on one: a call may have numbers beside."""
         part = self._graph_module
-        devices = [device for _, _, device, _ in part._schema.tensors]
+        devices = [device for _, _, device, _ in part.schema.tensors]
         devices += [parameter.device for parameter in part.module.parameters()]
         return next((each for each in devices if each.type != "cpu"), torch.device("cpu"))
 
     def _transform(self, model: Any) -> None:
         """Change the exported graph before its gradient is built: what must see the exporter's own
         nodes first."""
-        options, schema = self._options, self._graph_module._schema
+        options, schema = self._options, self._graph_module.schema
         trainable = frozenset(
             f"{MODULE_PREFIX}{name}"
             for name, parameter in self._graph_module.module.named_parameters(

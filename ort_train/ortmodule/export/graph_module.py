@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule.cache.constants import same_values
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
+from ort_train.ortmodule.constants import same_values
 from ort_train.ortmodule.export import layers_4bit
 
 #: Before the name of a parameter or buffer in the graph: ORTModule's own wrapper, and ours
@@ -20,7 +20,17 @@ MODULE_PREFIX = "_original_module.module."
 
 
 class GraphModule(torch.nn.Module):
-    """What is exported: flat tensors in, flat tensors out, everything else constant."""
+    """What is exported: flat tensors in, flat tensors out, everything else constant.
+
+    Args:
+        module: holds the parameters and buffers.
+        forward: the module's own forward.
+        schema: the calls that it takes.
+        without_logits: return all but the logits.
+
+    Attributes:
+        result_schema: of what the forward returned last; None before.
+    """
 
     def __init__(
         self,
@@ -32,15 +42,15 @@ class GraphModule(torch.nn.Module):
         super().__init__()
         self._without_logits = without_logits
         self.module = module
-        self._module_forward = forward
-        self._schema = schema
+        self.module_forward = forward
+        self.schema = schema
         self.result_schema: ResultSchema | None = None
         self.__signature__ = None
         layers_4bit.bind_scales(self, module)
 
     def forward(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self._schema.rebuild(tuple(tensors[name] for name in self._schema.names))
-        result = self._module_forward(*args, **kwargs)
+        args, kwargs = self.schema.rebuild(tuple(tensors[name] for name in self.schema.names))
+        result = self.module_forward(*args, **kwargs)
         self.result_schema, outputs = describe_result(result, self._without_logits)
         return outputs
 

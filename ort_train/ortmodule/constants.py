@@ -26,8 +26,6 @@ _GONE = object()
 #: torch's own of every module (`training` is in a graph's key), and transformers' that change in
 #: training and change no number: a training graph never has a cache.
 _NOT_OF_THE_FORWARD = frozenset((*torch.nn.Module().__dict__, "use_cache", "warnings_issued"))
-
-
 #: Of configs: what transformers' save_pretrained writes. Types of parameters are in a graph's key.
 _WRITTEN_BY_SAVING = frozenset(
     ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
@@ -173,6 +171,7 @@ class _Owner:
         self.values: tuple[Any, ...] = self.get(self.attributes)
 
     def changed(self) -> str | None:
+        """The name of one that isn't what it was, or None."""
         for name, known in self.known.items():
             if not _is_same(self.attributes.get(name, _GONE), known):
                 return name
@@ -181,6 +180,7 @@ class _Owner:
         return None
 
     def forget_changed(self) -> None:
+        """Leave out, from now on, what isn't what it was."""
         self.known = {
             name: known
             for name, known in self.known.items()
