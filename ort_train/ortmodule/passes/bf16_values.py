@@ -222,7 +222,7 @@ def _set(index: GraphIndex, kept: set[str], is_rounding: _Test, can_hand_on: _Te
     for name in kept:
         if name in index.infos:
             index.infos[name].type.tensor_type.elem_type = TensorProto.BFLOAT16
-    declare(index.graph, kept, TensorProto.BFLOAT16)
+    declare(index.graph, sorted(kept), TensorProto.BFLOAT16)
     declare(index.graph, summed)
     del index.graph.node[:]
     index.graph.node.extend(nodes)

@@ -278,8 +278,8 @@ def replace(proto: Any, wanted: Wanted) -> int:
         operator = operators[product.a_t, product.b_t]
         bias = [product.bias] if product.bias else []
         nodes.append(node_of(operator, factors + bias, product.output))
-    declare(proto, (f"{name}/bf16" for name in rounded), TensorProto.BFLOAT16)
-    declare(proto, replaced)
+    declare(proto, sorted(f"{name}/bf16" for name in rounded), TensorProto.BFLOAT16)
+    declare(proto, sorted(replaced))
     del proto.node[:]
     proto.node.extend(_without_unused(nodes, graph.outputs))
     embeddings.add_to_products(proto, _is_product)
