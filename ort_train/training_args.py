@@ -364,9 +364,16 @@ class ORTTrainingArguments(_BackendArguments, TrainingArguments):
         backend: "ort", "compile", "eager" or "auto"; see :func:`ort_train.wrap`.
         precision: "fp32", "bf16", "fp16" or "auto"; None: as `bf16` and `fp16` say.
         ort_options: fields of :class:`ort_train.OrtOptions`.
+        label_sparsity: as in OrtOptions; None: off, or as backend "auto" finds.
+        padding_sparsity: likewise.
         optim: transformers' names and "adamw_ort_fused": ORT's FusedAdam on CUDA (with AdamW's
             semantics), torch's fused AdamW on CPU.
-        use_module_with_loss: compute the loss inside the graph.
+        use_module_with_loss: compute the loss inside the graph, which then returns no logits.
+        save_onnx: write the graphs of each stage into `output_dir`, named by `onnx_prefix`.
+        onnx_prefix: needed with `save_onnx`.
+        onnx_log_level: "VERBOSE", "INFO", "WARNING", "ERROR" or "FATAL".
+
+    Further fields are older names of transformers' own, for scripts that give them.
 
     Raises:
         ConfigError: where backend, precision, device and options don't fit one another.

@@ -46,8 +46,8 @@ def make_samples(
         seed: of which samples share a row, with `data.packing`, and of masks.
 
     Raises:
-        DataError: see `data.load_corpus` and `instructions.load_records`.
-        ModelError: see `models.load_tokenizer`.
+        DataError: see `corpora.load_corpus` and `instructions.load_records`.
+        ModelError: see `tokenizer.load_tokenizer`.
     """
     if data.format == "instructions":
         return _instructions(data, model, max_train, with_evaluation, seed)
