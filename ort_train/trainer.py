@@ -130,7 +130,7 @@ class ORTTrainer(Trainer):
             if not _is_installed(self._stand_in, model):
                 model.forward = self._stand_in
             return
-        args: Any = self.args
+        args = self.args
         options = args.make_ort_options()
         self._leaves_out = bool(options.label_sparsity or options.padding_sparsity)
         make_runner = runner_factory(
@@ -144,9 +144,8 @@ class ORTTrainer(Trainer):
 
     def _reads_only_loss(self) -> bool:
         """Whether training looks at nothing but the loss of what the model returns."""
-        args: Any = self.args
         ours, own = ORTTrainer, type(self)
-        return args.use_module_with_loss or (
+        return self.args.use_module_with_loss or (
             own.compute_loss is ours.compute_loss
             and own.training_step is ours.training_step
             and self.compute_loss_func is None
@@ -156,8 +155,7 @@ class ORTTrainer(Trainer):
     @property
     def decision(self) -> Decision | None:
         """What `backend="auto"` chose and why, or None before its trial."""
-        args: Any = self.args
-        if self._stand_in is None or args.backend != "auto":
+        if self._stand_in is None or self.args.backend != "auto":
             return None
         return decision_of(self._stand_in)
 
@@ -214,8 +212,7 @@ class ORTTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """As Trainer.compute_loss; with `use_module_with_loss` the graph returns the loss alone."""
-        args: Any = self.args
-        in_graph = args.use_module_with_loss and model.training and torch.is_grad_enabled()
+        in_graph = self.args.use_module_with_loss and model.training and torch.is_grad_enabled()
         if not in_graph:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
@@ -247,8 +244,7 @@ class ORTTrainer(Trainer):
             keep_trained_weights(stand_in, False)
         self._count_savings(inputs)
         # fp16 overflows now and then, and its gradient scaler skips such steps.
-        arguments: Any = self.args
-        if arguments.train_precision != "fp16" and not torch.isfinite(loss).all():
+        if self.args.train_precision != "fp16" and not torch.isfinite(loss).all():
             raise NonFiniteLossError(self._non_finite_report(loss))
         return loss
 
@@ -267,11 +263,11 @@ class ORTTrainer(Trainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, in the precision that `auto` trains in."""
-        chosen, arguments = self.decision, self.args
-        is_ours = arguments.train_precision == "auto" and chosen and chosen.precision == "bf16"
+        chosen = self.decision
+        is_ours = self.args.train_precision == "auto" and chosen and chosen.precision == "bf16"
         if not is_ours:
             return super().prediction_step(*args, **kwargs)
-        with torch.autocast(arguments.device.type, torch.bfloat16):
+        with torch.autocast(self.args.device.type, torch.bfloat16):
             predicted = super().prediction_step(*args, **kwargs)
         return pytree.tree_map(_widened, predicted)
 
