@@ -57,6 +57,7 @@ def batches(*shapes: tuple[int, ...]) -> list[tuple[torch.Tensor]]:
         pytest.param(lambda x: F.layer_norm(x, (8,)), id="layer_norm without weight and bias"),
         pytest.param(lambda x: F.rms_norm(x, (8,)), id="rms_norm"),
         pytest.param(lambda x: F.softplus(x) + F.softplus(x, beta=2), id="softplus"),
+        pytest.param(lambda x: F.softplus(x, beta=3, threshold=1), id="softplus with a threshold"),
         pytest.param(lambda x: torch.expm1(x * 1e-3) * 1e3, id="expm1 near 0"),
         pytest.param(lambda x: x.repeat_interleave(3, dim=1), id="repeat_interleave of rows"),
         pytest.param(lambda x: x.repeat_interleave(2, dim=-1), id="repeat_interleave of columns"),
@@ -136,6 +137,10 @@ def test_bitwise_and(function):
         pytest.param(torch.nn.Conv1d(4, 6, 3, stride=2, padding=1), id="1d"),
         pytest.param(torch.nn.Conv1d(4, 8, 3, groups=4), id="1d depthwise"),
         pytest.param(torch.nn.Conv2d(4, 6, 3, dilation=2, groups=2, bias=False), id="2d grouped"),
+        pytest.param(torch.nn.Conv1d(4, 8, 3, groups=2, padding="same"), id="1d grouped, same"),
+        pytest.param(torch.nn.Conv1d(4, 8, 3, groups=2, padding="valid"), id="1d grouped, valid"),
+        pytest.param(torch.nn.Conv1d(4, 8, 4, padding="same", dilation=3), id="1d dilated, same"),
+        pytest.param(torch.nn.Conv2d(4, 6, (4, 3), padding="same"), id="2d of even size, same"),
         pytest.param(
             torch.nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), id="transposed"
         ),
@@ -160,6 +165,19 @@ def test_convolution(layer, trained):
     module.before.requires_grad_(trained != "weight")
     module.layer.weight.requires_grad_(trained != "input")
     assert_as_eager(module, *batches((2, 4, *[9] * (num_axes - 2)), (3, 4, *[12] * (num_axes - 2))))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: F.max_pool1d(x, 2), id="maxima"),
+        pytest.param(lambda x: F.max_pool1d(x, 3, stride=2, padding=1), id="overlapping maxima"),
+        pytest.param(lambda x: F.avg_pool1d(x, 3, padding=1), id="means"),
+    ],
+)
+def test_pooling(function):
+    """ONNX Runtime's own gradient of the maximum ends the process."""
+    assert_as_eager(Lambda(function), *batches((2, 5, 8), (3, 7, 8)))
 
 
 # --- Attention
@@ -320,6 +338,11 @@ def test_sizes_and_selections_are_not_refused(function):
             lambda x: x.index_put((torch.arange(8), torch.arange(8)), x[0], accumulate=True),
             "other than one index of the first axis",
             id="index_put with two indices",
+        ),
+        pytest.param(
+            lambda x: F.max_pool3d(x[None, None], (1, 1, 2)),
+            "max_pool3d.* a gradient, which would end the process",
+            id="a maximum whose gradient ends the process",
         ),
     ],
 )

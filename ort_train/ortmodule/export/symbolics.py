@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule.export import stop_gradient
+from ort_train.ortmodule.export import convolutions, stop_gradient
 from ort_train.ortmodule.export.attention import scaled_dot_product_attention
 from ort_train.ortmodule.export.exporter import exporter_module
 from ort_train.ortmodule.export.nodes import (
@@ -23,7 +23,6 @@ from ort_train.ortmodule.export.nodes import (
     expanded,
     ints,
     is_none,
-    none,
     onnx_type,
     rank_of,
     scalar,
@@ -34,6 +33,7 @@ from ort_train.ortmodule.export.nodes import (
 from ort_train.ortmodule.passes.activations import gelu
 
 _END = 2**63 - 1  # in Slice: to the end of the axis
+_SOFTPLUS_THRESHOLD = 20  # e^-20 is less than fp32 tells from 20
 _SYMBOLICS: dict[str, Callable[..., Any]] = {}
 
 
@@ -142,33 +142,6 @@ def _rms_norm(
     return output if is_none(weight) else g.op("Mul", output, weight)
 
 
-# --- Convolution
-
-
-@_symbolic("_convolution")
-def _convolution(
-    g: Any,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: Any,
-    output_padding: Any,
-    groups: Any,
-    *_flags: Any,
-) -> Any:
-    """By torch: ONNX Runtime's ConvGrad on the CPU returns wrong gradients for grouped weights."""
-    settings = (stride, padding, dilation, transposed, output_padding, groups)
-    rank = rank_of(weight, "_convolution")
-    output = aten(g, "convolution", input, weight, none(g), *settings)
-    typed(output, input, [None] * rank)
-    if is_none(bias):
-        return output
-    return g.op("Add", output, g.op("Reshape", bias, ints(g, 1, -1, *[1] * (rank - 2))))
-
-
 # --- Arithmetic
 
 
@@ -187,14 +160,21 @@ def _div(g: Any, self: Any, other: Any, *rounding_mode: Any) -> Any:
 
 @_symbolic("softplus")
 def _softplus(g: Any, self: Any, beta: Any = 1, threshold: Any = 20) -> Any:
-    """ONNX Runtime has no gradient of Softplus. Above the threshold both forms are the identity."""
+    """ONNX Runtime has no gradient of Softplus. Above 20, torch's threshold unless another is
+    given, both forms are the identity."""
     dtype = dtype_of(self)
     factor = float(constant(beta, "f", "beta"))
     scaled = g.op("Mul", self, scalar(g, factor, dtype))
     tail = g.op("Exp", g.op("Neg", g.op("Abs", scaled)))
     log = g.op("Log", g.op("Add", tail, scalar(g, 1, dtype)))
     result = g.op("Add", g.op("Relu", scaled), log)
-    return result if factor == 1 else g.op("Mul", result, scalar(g, 1 / factor, dtype))
+    if factor != 1:
+        result = g.op("Mul", result, scalar(g, 1 / factor, dtype))
+    limit = float(constant(threshold, "f", "threshold"))
+    if limit >= _SOFTPLUS_THRESHOLD:
+        return result
+    is_above = g.op("Greater", scaled, scalar(g, limit, dtype))
+    return g.op("Where", is_above, self, result)
 
 
 @_symbolic("expm1")
@@ -380,9 +360,11 @@ def _index_put(g: Any, self: Any, indices: Any, values: Any, accumulate: Any = F
     return _index_add(g, self, scalar(g, 0, torch.int64), index, values)
 
 
-# --- Activation, attention and experts
+# --- Convolution, activation, attention and experts
 
 
+for _name, _function in convolutions.SYMBOLICS.items():
+    _symbolic(_name)(_function)
 _symbolic("gelu")(gelu)
 _symbolic("scaled_dot_product_attention")(scaled_dot_product_attention)
 
