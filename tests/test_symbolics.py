@@ -51,6 +51,31 @@ def batches(*shapes: tuple[int, ...]) -> list[tuple[torch.Tensor]]:
     return [(torch.randn(shape),) for shape in shapes]
 
 
+def written(write: Callable[..., Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of x that writes to a copy of it."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        copied = x * 1
+        write(copied, x)
+        return copied * x
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(
+            written(lambda y, x: y.__setitem__((slice(None), 0), x[0, 1])), id="broadcast entries"
+        ),
+        pytest.param(written(lambda y, x: y[:, 1:].mul_(2)), id="slice"),
+        pytest.param(written(lambda y, x: y.mul_(x).add_(1)), id="twice"),
+    ],
+)
+def test_writes_in_place(function):
+    assert_as_eager(Lambda(function), *batches((2, 5, 8), (3, 7, 8)))
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -343,6 +368,22 @@ def test_sizes_and_selections_are_not_refused(function):
             lambda x: F.max_pool3d(x[None, None], (1, 1, 2)),
             "max_pool3d.* a gradient, which would end the process",
             id="a maximum whose gradient ends the process",
+        ),
+        pytest.param(
+            written(lambda y, x: y.view(-1)[0].fill_(0)),
+            r"fill_ at \S*test_symbolics\.py\(\d+\).* through another view",
+            id="a write to a reshaped view",
+        ),
+        pytest.param(
+            written(lambda y, x: y.T.add_(x)), "through another view", id="a transposed view"
+        ),
+        pytest.param(
+            written(lambda y, x: y.diagonal().fill_(0)), "through another view", id="a diagonal"
+        ),
+        pytest.param(
+            lambda x: (lambda y: (y[:1], y.mul_(2)))(x * 1)[0],
+            "through another view",
+            id="a slice made before the write",
         ),
     ],
 )

@@ -19,7 +19,7 @@ import torch
 import torch.onnx.symbolic_opset9
 
 from ort_train.errors import BackendUnavailableError
-from ort_train.ortmodule.export import stop_gradient, tracing
+from ort_train.ortmodule.export import inplace, stop_gradient, tracing
 from ort_train.ortmodule.patching import replaced
 
 _PACKAGE = "torch.onnx._internal.torchscript_exporter"
@@ -103,7 +103,12 @@ def as_default() -> Iterator[None]:
     def export(*args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("dynamo", False)
         kwargs["training"] = torch.onnx.TrainingMode.PRESERVE
-        with tracing.values_kept_out(), stop_gradient.traced(), _weights_not_computed_with():
+        with (
+            tracing.values_kept_out(),
+            stop_gradient.traced(),
+            inplace.understood(),
+            _weights_not_computed_with(),
+        ):
             return original(*args, **kwargs)
 
     with replaced(torch.onnx, export=export):
