@@ -102,6 +102,8 @@ def test_writes_in_place(function):
             lambda x: torch.where(x.detach()[:, :1] > 0, x.mean(0, keepdim=True), x),
             id="where that broadcasts",
         ),
+        pytest.param(lambda x: x[:, 1:2] * x, id="one entry that broadcasts"),
+        pytest.param(lambda x: x[:, 2:3].expand(-1, 4, -1) * 2, id="one entry that is expanded"),
     ],
 )
 def test_operator(function):

@@ -294,6 +294,39 @@ def _with_shapes_of_attention(initialize: Callable[..., None]) -> Callable[..., 
     return initialized
 
 
+def _with_single_entries(infer_slice: Callable[..., None]) -> Callable[..., None]:
+    """Shape inference that knows that x[:, 1:2] has one entry.
+
+    Upstream gives it a size of its own, Min(2, T) - 1, which it then takes for the size that it
+    broadcasts to (`symbolic_shape_infer.py`, `_broadcast_shapes` with auto_merge): expansions were
+    left out, and values written over others. Of x[:, :1] it knows.
+    """
+
+    @functools.wraps(infer_slice)
+    def infer(inference: Any, node: Any) -> None:
+        infer_slice(inference, node)
+        bounds = [inference._try_get_value(node, position) for position in (1, 2, 3)]
+        steps = inference._try_get_value(node, 4)
+        if any(bound is None for bound in bounds):
+            return
+        starts, ends, axes = (_as_list(bound) for bound in bounds)
+        steps = [1] * len(axes) if steps is None else _as_list(steps)
+        sizes = inference.known_vi_[node.output[0]].type.tensor_type.shape.dim
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            if all(isinstance(each, int) for each in (start, end, axis, step)) and (
+                step > 0 and start >= 0 and end == start + 1
+            ):
+                sizes[axis].Clear()
+                sizes[axis].dim_value = 1
+
+    return infer
+
+
+def _as_list(value: Any) -> list[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 @contextlib.contextmanager
 def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Iterator[None]:
     """Everything that construction and export of one ORTModule need, taken back at the end.
@@ -325,7 +358,11 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
         exporter.old_names(),
         exporter.as_default(),
         exporter.restored_symbolics(),
-        replaced(inference, __init__=_with_shapes_of_attention(inference.__init__)),
+        replaced(
+            inference,
+            __init__=_with_shapes_of_attention(inference.__init__),
+            _infer_Slice=_with_single_entries(inference._infer_Slice),
+        ),
         replaced(upstream_logger, _suppress_os_stream_output=output_to_file),
         functions.as_python_ops() if options.compiled_extensions else functions.refused(),
         replaced(
