@@ -15,6 +15,7 @@ from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
 
 OPTIONS = OrtOptions(num_threads=1)
+UNREGISTERED = torch.ones(8, requires_grad=True)
 # Sums of some hundred fp32 terms of order 1, added in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -103,6 +104,7 @@ def test_writes_in_place(function):
             id="where that broadcasts",
         ),
         pytest.param(lambda x: x[:, 1:2] * x, id="one entry that broadcasts"),
+        pytest.param(lambda x: x[:, 1:4:3] * x, id="one entry in a stride that broadcasts"),
         pytest.param(lambda x: x[:, 2:3].expand(-1, 4, -1) * 2, id="one entry that is expanded"),
     ],
 )
@@ -365,6 +367,11 @@ def test_sizes_and_selections_are_not_refused(function):
             lambda x: x.index_put((torch.arange(8), torch.arange(8)), x[0], accumulate=True),
             "other than one index of the first axis",
             id="index_put with two indices",
+        ),
+        pytest.param(
+            lambda x: x * UNREGISTERED,
+            "neither a parameter nor an argument",
+            id="a trained tensor that is no parameter",
         ),
         pytest.param(
             lambda x: F.max_pool3d(x[None, None], (1, 1, 2)),

@@ -29,6 +29,8 @@ _NOISE = re.compile(
     r"^.*?\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ .*? was false\. ", re.DOTALL
 )
 _LONGEST = 300
+#: torch/csrc/jit/frontend/tracer.cpp
+_UNREGISTERED = "Cannot insert a Tensor that requires grad as a constant"
 
 
 def explained(error: BaseException, who: str) -> OrtTrainError:
@@ -45,6 +47,12 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
     if ours is not None:  # raised in the midst of an export, and wrapped by upstream
         return type(ours)(f"{who}: {ours}") if type(ours) is UnsupportedModelError else ours
     text = "\n".join(map(str, links))
+    if _UNREGISTERED in text:
+        return UnsupportedModelError(
+            f"{who}: its forward reads a tensor that requires a gradient and is neither a "
+            "parameter nor an argument, so no graph can train it: make it an nn.Parameter, "
+            "register the module that has it as a submodule, or detach it"
+        )
     operator = next((m["op"] for p in _OPERATOR_PATTERNS if (m := p.search(text))), None)
     what = f"operator {operator}: " if operator else ""
     return UnsupportedModelError(

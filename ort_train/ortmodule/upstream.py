@@ -295,7 +295,7 @@ def _with_shapes_of_attention(initialize: Callable[..., None]) -> Callable[..., 
 
 
 def _with_single_entries(infer_slice: Callable[..., None]) -> Callable[..., None]:
-    """Shape inference that knows that x[:, 1:2] has one entry.
+    """Shape inference that knows that x[:, 1:2] and x[:, 1:4:3] have one entry.
 
     Upstream gives it a size of its own, Min(2, T) - 1, which it then takes for the size that it
     broadcasts to (`symbolic_shape_infer.py`, `_broadcast_shapes` with auto_merge): expansions were
@@ -314,7 +314,7 @@ def _with_single_entries(infer_slice: Callable[..., None]) -> Callable[..., None
         sizes = inference.known_vi_[node.output[0]].type.tensor_type.shape.dim
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
             if all(isinstance(each, int) for each in (start, end, axis, step)) and (
-                step > 0 and start >= 0 and end == start + 1
+                start >= 0 and 0 < end - start <= step
             ):
                 sizes[axis].Clear()
                 sizes[axis].dim_value = 1
