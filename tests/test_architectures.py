@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, KNOWN_UNSUPPORTED, Architecture, make_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from trained_graphs import engines
 
 from ort_train import OrtOptions, wrap
 from ort_train.errors import UnsupportedModelError
@@ -77,6 +78,7 @@ def test_as_eager(architecture):
     # its gradients are several times too large. torch's plain attention is the reference.
     with sdpa_kernel(SDPBackend.MATH):
         assert_as_eager(eager, ours, flipped(architecture, make_batch(architecture, 1, 9, seed=2)))
+    assert len(engines(ours)) == 1
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "bert", "t5", "mixtral"])

@@ -105,6 +105,7 @@ class Engine:
             openmp.quiet()
         if self._ort_module is None:
             outputs = self._build_and_run(named)
+            self._graph_module.decisions.hold(tensors)
             self._state = state
         else:
             if state is not self._state:
@@ -138,6 +139,14 @@ class Engine:
             for name in self._buffer_names:
                 info._buffer_for_ort_runs[MODULE_PREFIX + name] = state.buffers[name]
         self._state = state
+
+    def decided_otherwise(self, tensors: tuple[torch.Tensor, ...]) -> str | None:
+        """The line whose outcome isn't the graph's for a batch of these sizes, or None.
+
+        Args:
+            tensors: the call's tensors, in the schema's order.
+        """
+        return self._graph_module.decisions.differing(tensors)
 
     def changed_constant(self, buffers: Mapping[str, torch.Tensor]) -> str | None:
         """What is constant in the graph and isn't what it was, in words, or None.
@@ -325,8 +334,9 @@ class Engine:
             if built is not None:
                 with built.replacing_build(manager, key):
                     yield
-                self._graph_module.result_schema = built.result_schema
-                self.savings = built.savings
+                self._graph_module.result_schema = built.found.result_schema
+                self._graph_module.decisions = built.found.decisions
+                self.savings = built.found.savings
                 self.saved_s = max(0.0, built.build_s - (time.perf_counter() - started))
                 logger.info(
                     "took the training graph of %s from the cache, which saves %.1f s of %.1f s",
@@ -347,8 +357,9 @@ class Engine:
             elif is_usable:
                 schema = self._graph_module.result_schema
                 assert schema is not None
+                found = cached_graph.Found(schema, self.savings, self._graph_module.decisions)
                 build_s = time.perf_counter() - started
-                cached_graph.keep(key, manager, schema, self.savings, build_s, self._name)
+                cached_graph.keep(key, manager, found, build_s, self._name)
 
     @property
     def _is_on_cpu(self) -> bool:

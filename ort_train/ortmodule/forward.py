@@ -77,6 +77,8 @@ class OrtForward:
         self.graph_from_cache: bool | None = None
         self._num_stale = 0
         self._known_hooks: list[Any] = []
+        #: The line that decides otherwise than in any graph, for a call that has none yet.
+        self._decides_anew: str | None = None
         self._are_logits_read = False
         self._accepts_use_cache = "use_cache" in inspect.signature(self.original).parameters
 
@@ -110,7 +112,8 @@ class OrtForward:
         state = self._read_state()
         if not state.is_trained and not any(t.requires_grad for t in tensors):
             return self.original(*args, **kwargs)  # there is nothing to train, in eager neither
-        key = (schema, state.key, _gpu_autocast(), self._are_logits_read, size_pattern(tensors))
+        pattern = size_pattern(tensors)
+        key = (schema, state.key, _gpu_autocast(), self._are_logits_read, pattern, 0)
         key = self._key_of_fitting(key, tensors)
         engine = self.engines.get(key)
         if engine is not None and engine.awaits_backward:
@@ -195,15 +198,23 @@ class OrtForward:
         return make
 
     def _key_of_fitting(self, key: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-        """The key of a graph that was traced with sizes as general as this call's, or its own."""
-        if key in self.engines:
+        """The key of a graph that was traced with sizes as general as this call's, and that decided
+        as its sizes do, or its own."""
+        self._decides_anew = None
+        engine = self.engines.get(key)
+        if engine is not None and engine.decided_otherwise(tensors) is None:
             return key
-        *rest, _ = key
-        for known in self.engines:
-            *known_rest, pattern = known
+        *rest, _, _ = key
+        for known, engine in self.engines.items():
+            *known_rest, pattern, _ = known
             if known_rest == rest and fits_pattern(tensors, pattern):
-                return known
-        return key
+                self._decides_anew = engine.decided_otherwise(tensors)
+                if self._decides_anew is None:
+                    return known
+        *rest, number = key
+        while (*rest, number) in self.engines:
+            number += 1
+        return (*rest, number)
 
     def _new_engine(self, key: Any, schema: CallSchema) -> Engine:
         _refuse_half_precision(self.module)
@@ -213,9 +224,10 @@ class OrtForward:
             raise UnsupportedModelError(
                 f"{len(self.engines)} training graphs were built for "
                 f"{type(self.module).__name__}, the limit max_graphs={self.options.max_graphs}: "
-                f"{self._what_changes(schema)} from call to call; pass it as a tensor, leave it "
-                "out, or raise max_graphs"
+                f"{self._what_changes(schema)}, or raise max_graphs"
             )
+        if (where := self._decides_anew) is not None:
+            logger.info("other sizes decide otherwise, in a graph of their own: %s", where)
         options = self.options
         if self._are_logits_read:
             options = replace(options, label_sparsity=False)
@@ -228,13 +240,22 @@ class OrtForward:
         return engine
 
     def _what_changes(self, schema: CallSchema) -> str:
+        """From call to call, and what to do about it."""
+        if self._decides_anew is not None:
+            return (
+                f"{self._decides_anew} makes a Python number or branch of a batch's sizes, which "
+                "change from call to call; pad batches to a few lengths, write it with tensor "
+                "operators"
+            )
         last: CallSchema = next(reversed(self.engines))[0]
         if schema.constants != last.constants:
             changed = set(schema.constants) ^ set(last.constants)
-            return f"a constant argument changes ({sorted(map(str, changed))[:4]})"
-        if schema.names != last.names:
-            return f"the arguments change ({sorted(set(schema.names) ^ set(last.names))})"
-        return "the tensors' ranks or dtypes, or what is trained, changes"
+            what = f"a constant argument changes ({sorted(map(str, changed))[:4]})"
+        elif schema.names != last.names:
+            what = f"the arguments change ({sorted(set(schema.names) ^ set(last.names))})"
+        else:
+            what = "the tensors' ranks or dtypes, or what is trained, changes"
+        return f"{what} from call to call; pass it as a tensor, leave it out"
 
 
 def _refuse_half_precision(module: torch.nn.Module) -> None:

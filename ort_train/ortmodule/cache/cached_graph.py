@@ -15,6 +15,7 @@ import importlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ort_train.ortmodule import decisions
 from ort_train.ortmodule.cache import export_cache
 from ort_train.ortmodule.cache.export_cache import Entry
 from ort_train.ortmodule.call import ResultSchema
+from ort_train.ortmodule.decisions import Decisions
 from ort_train.ortmodule.patching import replaced
 from ort_train.ortmodule.sparse.sparsity import Savings
 
@@ -39,6 +42,21 @@ _GRAPH_INFO = (
     "output_grad_indices_require_full_shape",
 )
 _STUB = ("tensor_idx", "name", "dtype", "shape", "shape_dims")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a build finds of a module, beside its graph.
+
+    Attributes:
+        result_schema: of what it returns.
+        savings: what its graph leaves out.
+        decisions: that its forward took by the sizes of the batch.
+    """
+
+    result_schema: ResultSchema
+    savings: Savings
+    decisions: Decisions
 
 
 class NotCacheableError(Exception):
@@ -124,8 +142,7 @@ def _put_graph(manager: Any, graph: bytes) -> None:
 def keep(
     key: str,
     manager: Any,
-    result_schema: ResultSchema,
-    savings: Savings,
+    found: Found,
     build_s: float,
     name: str,
 ) -> None:
@@ -134,20 +151,19 @@ def keep(
     Args:
         key: of the entry.
         manager: ORTModule's TrainingManager.
-        result_schema: of what the module returns.
-        savings: what its graph leaves out.
+        found: what else is known of it.
         build_s: seconds that it took.
         name: of the module, for the log.
     """
     try:
-        entry = take(manager, result_schema, savings)
+        entry = take(manager, found)
     except NotCacheableError as error:
         logger.info("the training graph of %s isn't cached: %s", name, error)
         return
     export_cache.store(key, Entry(entry.graph, {**entry.facts, "build_s": build_s}))
 
 
-def take(manager: Any, result_schema: ResultSchema, savings: Savings) -> Entry:
+def take(manager: Any, found: Found) -> Entry:
     """What a second start needs of a build that has run.
 
     Raises:
@@ -164,8 +180,9 @@ def take(manager: Any, result_schema: ResultSchema, savings: Savings) -> Entry:
         "inputs_with_gradient": exported.onnx_graph_input_names_require_grad,
         "outputs": [[getattr(each, name) for name in _STUB] for each in outputs],
         "graph_info": {name: list(getattr(manager._graph_info, name)) for name in _GRAPH_INFO},
-        "result": _written(result_schema),
-        "savings": [savings.flops_per_padding, savings.flops_per_ignored_label],
+        "result": _written(found.result_schema),
+        "savings": [found.savings.flops_per_padding, found.savings.flops_per_ignored_label],
+        "decisions": found.decisions.written(),
     }
     if manager._graph_info.frontier_node_arg_map:
         raise NotCacheableError("its graph keeps values between steps")
@@ -229,8 +246,11 @@ class Built:
             self._with_gradient: list[str] = facts["inputs_with_gradient"]
             self._outputs = facts["outputs"]
             self._graph_info = {name: facts["graph_info"][name] for name in _GRAPH_INFO}
-            self.result_schema = _read(facts["result"])
-            self.savings = Savings(*facts["savings"])
+            self.found = Found(
+                _read(facts["result"]),
+                Savings(*facts["savings"]),
+                decisions.read(facts["decisions"]),
+            )
             self.build_s = float(facts["build_s"])
         except Exception as error:  # protobuf and pytree have errors of their own
             raise ValueError(f"it can't be read: {error}") from error

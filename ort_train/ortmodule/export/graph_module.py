@@ -12,7 +12,8 @@ import torch
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
 from ort_train.ortmodule.constants import same_values
-from ort_train.ortmodule.export import layers_4bit
+from ort_train.ortmodule.decisions import Decisions
+from ort_train.ortmodule.export import layers_4bit, tracing
 
 #: Before the name of a parameter or buffer in the graph: ORTModule's own wrapper, and ours
 #: (`GraphModule.module`).
@@ -45,12 +46,20 @@ class GraphModule(torch.nn.Module):
         self.module_forward = forward
         self.schema = schema
         self.result_schema: ResultSchema | None = None
+        #: What the traced forward decided by the sizes of its batch.
+        self.decisions = Decisions()
         self.__signature__ = None
         layers_4bit.bind_scales(self, module)
 
     def forward(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.schema.rebuild(tuple(tensors[name] for name in self.schema.names))
-        result = self.module_forward(*args, **kwargs)
+        inputs = tuple(tensors[name] for name in self.schema.names)
+        args, kwargs = self.schema.rebuild(inputs)
+        if torch._C._get_tracing_state() is None:
+            result = self.module_forward(*args, **kwargs)
+        else:
+            with tracing.decisions_recorded(inputs) as recorder:
+                result = self.module_forward(*args, **kwargs)
+            self.decisions = recorder.finish()
         self.result_schema, outputs = describe_result(result, self._without_logits)
         return outputs
 

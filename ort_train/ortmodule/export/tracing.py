@@ -1,24 +1,27 @@
-"""Refusing what a trace would freeze: Python decisions that are taken on a batch's values.
+"""What a trace would freeze: Python decisions that are taken on a batch.
 
 The exporter runs a module's forward on one batch and records the tensor operators. A branch, a loop
-count or a Python number that came out of that batch's values is the same for all later batches, and
-the graph is silently wrong. Numbers that come from shapes are recorded as operators. Comparing them
-is left alone, as models ask for sizes at every turn: where another batch's size would decide
-otherwise, its graph goes on as the first batch decided, and `len(x)` stays what it was there.
+count or a Python number that came out of that batch is the same for all later batches, and the
+graph is silently wrong. Those that came out of the batch's values are refused. Those that came out
+of its sizes are recorded with what led to them (recorder.py), as models ask for sizes at every
+turn: a batch whose sizes decide otherwise gets a graph of its own (decisions.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import linecache
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.export.recorder import SHAPES, Recorder
 from ort_train.ortmodule.patching import replaced
 
 #: Operators whose result has a shape that depends on values, by the node kind in a trace.
@@ -26,7 +29,6 @@ _SHAPED_BY_VALUES = frozenset(
     f"aten::{name}"
     for name in ("nonzero", "nonzero_numpy", "masked_select", "unique_dim", "_unique2", "bincount")
 )
-_SHAPES = frozenset({"aten::size", "aten::numel", "aten::len", "aten::dim"})
 #: Of torch.Tensor: what makes something else than a tensor of the trace out of values.
 _CONVERSIONS = (
     "__bool__", "__int__", "__float__", "__index__", "item", "tolist",
@@ -34,6 +36,7 @@ _CONVERSIONS = (
 )  # fmt: skip
 #: Of torch and of torch.Tensor.
 _COMPARISONS = ("equal", "allclose", "is_nonzero")
+_BRANCHES = frozenset({"__bool__", "is_nonzero"})
 
 
 class _Origins:
@@ -73,18 +76,62 @@ class _Origins:
         node = value.node()
         if of_shape and node.kind() in _SHAPED_BY_VALUES:
             return []
-        shape = of_shape or node.kind() in _SHAPES
+        shape = of_shape or node.kind() in SHAPES
         return [(source, shape) for source in node.inputs()]
+
+
+#: Frames of ours, between the model and what it calls.
+_OURS = Path(__file__).parent
 
 
 def _place() -> str:
     """The line of the model that asked, as "file.py:12 (the code)"."""
-    passed = Path(__file__), Path(copy.__file__)
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path not in passed and "torch" not in path.parts:
-            return f"{path.name}:{frame.lineno} ({(frame.line or frame.name)[:80]})"
+    for frame, number in traceback.walk_stack(None):
+        name = frame.f_code.co_filename
+        path = Path(name)
+        if name != copy.__file__ and path.parent != _OURS and "torch" not in path.parts:
+            line = linecache.getline(name, number).strip() or frame.f_code.co_name
+            return f"{path.name}:{number} ({line[:80]})"
     return "an unknown place"
+
+
+class _Indexing(TorchFunctionMode):
+    """Knows when a tensor is indexed, by what a trace follows though Python asks for its number.
+
+    A method in place of `Tensor.__getitem__` would make tensors sequences to `torch.tensor`.
+    """
+
+    is_followed = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            return func(*args, **(kwargs or {}))
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        before = _Indexing.is_followed
+        # Of a list, a trace keeps the numbers.
+        _Indexing.is_followed = not any(isinstance(each, list | tuple | range) for each in index)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            _Indexing.is_followed = before
+
+
+#: What records the decisions of the forward that is traced, if any.
+_recorder: Recorder | None = None
+
+
+@contextlib.contextmanager
+def decisions_recorded(tensors: tuple[torch.Tensor, ...]) -> Iterator[Recorder]:
+    """The forward that is traced meanwhile, of a call with these tensors, may decide by sizes."""
+    global _recorder
+    _recorder = Recorder(tensors)
+    try:
+        with _Indexing():
+            yield _recorder
+    finally:
+        _recorder = None
 
 
 @contextlib.contextmanager
@@ -96,22 +143,39 @@ def values_kept_out() -> Iterator[None]:
     """
     origins = _Origins()
 
-    def guarded(convert: Callable[..., Any]) -> Callable[..., Any]:
+    def look_at(name: str, args: tuple[Any, ...]) -> None:
+        for tensor in args:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            value = torch._C._get_value_trace(tensor)
+            if value is None:
+                continue
+            if origins.depends(value):
+                raise UnsupportedModelError(
+                    f"{_place()} makes a Python number or array of the batch's values, which "
+                    "a graph would keep for all batches: write it with tensor operators "
+                    "(torch.where), or train with backend='compile' or 'eager'"
+                )
+            if _recorder is not None and not _Indexing.is_followed:
+                _recorder.record(tensor, name in _BRANCHES, _place())
+
+    def guarded(name: str, convert: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if torch.jit.is_tracing() and torch._C._get_tracing_state() is not None:
-                tensors = (each for each in args if isinstance(each, torch.Tensor))
-                traced = map(torch._C._get_value_trace, tensors)
-                if any(value is not None and origins.depends(value) for value in traced):
-                    raise UnsupportedModelError(
-                        f"{_place()} makes a Python number or array of the batch's values, which "
-                        "a graph would keep for all batches: write it with tensor operators "
-                        "(torch.where), or train with backend='compile' or 'eager'"
-                    )
+                look_at(name, args)
             return convert(*args, **kwargs)
 
         return wrapper
 
-    guards = {name: guarded(getattr(torch.Tensor, name)) for name in (*_CONVERSIONS, *_COMPARISONS)}
-    functions = {name: guarded(getattr(torch, name)) for name in _COMPARISONS}
+    def iterate(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        if tensor.dim() > 0:
+            len(tensor)  # as many parts as it has are traced
+        return iterate_traced(tensor)
+
+    iterate_traced = torch.Tensor.__iter__
+    names = (*_CONVERSIONS, *_COMPARISONS)
+    guards = {name: guarded(name, getattr(torch.Tensor, name)) for name in names}
+    guards["__iter__"] = iterate
+    functions = {name: guarded(name, getattr(torch, name)) for name in _COMPARISONS}
     with replaced(torch.Tensor, **guards), replaced(torch, **functions):
         yield
