@@ -112,6 +112,35 @@ def test_operator(function):
     assert_as_eager(Lambda(function), *batches((2, 5, 8), (3, 7, 8), (1, 4, 8)))
 
 
+def by_halves(function: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: function(*x.chunk(2, dim=-1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: x.split(1, -1)[2] * x, id="one of many, which broadcasts"),
+        pytest.param(lambda x: x.split(4, -1)[1].sum() + x.sum(), id="beside the whole"),
+        pytest.param(lambda x: x.split([3, 3, 2], -1)[1] * 2, id="of unequal ones"),
+        pytest.param(lambda x: x.unbind(-1)[3] * 2, id="unbind"),
+        pytest.param(lambda x: x.chunk(2, dim=1)[0] * 2, id="of an axis that changes"),
+        pytest.param(lambda x: x.sum((0, 1)).split(4)[1] * 2, id="of a vector"),
+        pytest.param(by_halves(lambda a, b: a.detach() * b), id="beside a detached one"),
+        pytest.param(by_halves(lambda a, b: (a > 0).float() * b), id="beside a mask"),
+        pytest.param(by_halves(lambda a, b: a * b), id="both"),
+        pytest.param(lambda x: x[..., :4].detach() * x[..., 4:], id="slice beside a detached one"),
+        pytest.param(lambda x: (x[..., :4] > 0).float() * x[..., 4:], id="slice beside a mask"),
+        pytest.param(
+            lambda x: (lambda y: y[..., 0].detach() * y[..., 1])(x.view(*x.shape[:2], 4, 2)),
+            id="entry beside a detached one",
+        ),
+    ],
+)
+def test_parts_of_which_some_are_trained(function):
+    """Upstream's gradient of Split leaves out the parts that have none."""
+    assert_as_eager(Lambda(function), *batches((2, 5, 8), (3, 7, 8), (1, 4, 8)))
+
+
 def test_sizes_of_chunks_are_not_frozen():
     """Upstream's chunks kept the exported batch's shape as their type."""
 

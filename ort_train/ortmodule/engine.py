@@ -25,6 +25,7 @@ from ort_train.ortmodule.export import (
     attention,
     gradients,
     layers_4bit,
+    splits,
     stop_gradient,
     symbolics,
     transformers_compat,
@@ -386,6 +387,7 @@ class Engine:
         )
         inputs = zip(schema.names, schema.tensors, strict=True)
         given = {name for name, (*_, requires_grad) in inputs if requires_grad}
+        splits.apply(model.graph)
         stop_gradient.apply(model.graph, trainable | given)
         if options.label_sparsity or options.padding_sparsity:
             self.savings = sparsity.apply(

@@ -135,6 +135,23 @@ def hide(graph: Any) -> None:
             node.doc_string = OPERATOR
 
 
+def hidden(name: str, output: str) -> Any:
+    """A node as :func:`hide` leaves them.
+
+    Args:
+        name: of the value that no gradient shall pass behind.
+        output: its name behind the node.
+    """
+    from onnx import helper
+
+    return helper.make_node("Identity", [name], [output], name=output, doc_string=OPERATOR)
+
+
+def is_hidden(node: Any) -> bool:
+    """Whether it is one of them."""
+    return bool(node.doc_string == OPERATOR)
+
+
 def passed(graph: Any) -> set[str] | None:
     """The values that a gradient of the outputs can reach, or None where nothing stops one.
 
@@ -157,7 +174,7 @@ def apply(graph: Any, trained: frozenset[str]) -> None:
         graph: onnx.GraphProto after :func:`hide`, changed in place.
         trained: names of its inputs that get a gradient.
     """
-    if not any(node.doc_string == OPERATOR for node in graph.node):
+    if not any(map(is_hidden, graph.node)):
         return
     differentiable = set(trained)
     renamed: dict[str, str] = {}
@@ -167,7 +184,7 @@ def apply(graph: Any, trained: frozenset[str]) -> None:
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         is_differentiable = not differentiable.isdisjoint(inputs_of(node))
-        if node.doc_string == OPERATOR:
+        if is_hidden(node):
             if is_differentiable:
                 # ONNX Runtime passes the first node behind a parameter, whatever it is
                 # (`gradient_graph_builder.cc`, BFSWithStopGradient).

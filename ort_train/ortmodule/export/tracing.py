@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import linecache
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -106,16 +108,33 @@ class _Indexing(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-            return func(*args, **(kwargs or {}))
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
         before = _Indexing.is_followed
-        # Of a list, a trace keeps the numbers.
-        _Indexing.is_followed = not any(isinstance(each, list | tuple | range) for each in index)
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            # Of a list, a trace keeps the numbers.
+            _Indexing.is_followed = not any(isinstance(e, list | tuple | range) for e in index)
         try:
-            return func(*args, **(kwargs or {}))
+            return _called_from(sys._getframe(1), func, args, kwargs or {})
         finally:
             _Indexing.is_followed = before
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _called_from(frame: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func(*args, **kwargs)`, which a trace takes to stand in this frame's line.
+
+    The exporter takes slices for parts of one write where their lines are the same
+    (`remove_inplace_ops_for_onnx.cpp`), and its errors name a line.
+    """
+    line = frame.f_lineno or frame.f_code.co_firstlineno
+    code = _call.__code__.replace(
+        co_filename=frame.f_code.co_filename,
+        co_firstlineno=line - 1,  # of its `def`
+    )
+    return FunctionType(code, {})(func, args, kwargs)
 
 
 #: What records the decisions of the forward that is traced, if any.
