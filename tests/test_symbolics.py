@@ -430,11 +430,20 @@ def test_uses_that_would_be_wrong_are_refused(function, reason):
         wrap(Lambda(function), "ort", options=OPTIONS)(torch.randn(8, 8))
 
 
-def test_loops_over_rows_fail_on_other_numbers_of_rows():
-    module = wrap(Lambda(lambda x: sum(row.sum() for row in x)), "ort", options=OPTIONS)
+@pytest.mark.parametrize(
+    "parts", [lambda x: x.unbind(0), lambda x: x.split(1)], ids=["unbind", "split"]
+)
+def test_other_numbers_of_parts_fail(parts):
+    """A graph's Split has as many as it had when it was built."""
+    module = wrap(Lambda(lambda x: sum(part.sum() for part in parts(x))), "ort", options=OPTIONS)
     module(torch.randn(3, 8)).backward()
     with pytest.raises(UnsupportedModelError, match=r"forward pass: operator Split"):
         module(torch.randn(5, 8))
+
+
+def test_loops_over_other_numbers_of_rows():
+    module = Lambda(lambda x: sum(row.sum(0, keepdim=True) * i for i, row in enumerate(x)))
+    assert_as_eager(module, *batches((3, 8), (5, 8), (3, 8)))
 
 
 def test_missing_operator_is_named_with_the_way_out():
