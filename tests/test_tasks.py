@@ -170,7 +170,7 @@ def test_a_teacher_of_another_task():
 def test_commands_for_causal_models_say_so(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"model.task seq2seq: prune reads a text"):
-        prune.prune_folder(tmp_path, tmp_path / "out", overrides=["model.task=seq2seq"])
+        prune.prune_folder(tmp_path, tmp_path / "out", "2:4", overrides=["model.task=seq2seq"])
     with pytest.raises(ConfigError, match=r"halves of model.task seq2seq"):
         show(load_recipe("bench_t5"), 1, 1, 80.0)
     assert show(tiny("bench_bert"), 1, 1, 80.0)
