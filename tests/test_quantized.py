@@ -18,7 +18,7 @@ from ort_train import wrap  # noqa: E402
 from ort_train.errors import UnsupportedModelError  # noqa: E402
 from ort_train.ortmodule import OrtOptions  # noqa: E402
 from ort_train.ortmodule.export import layers_4bit  # noqa: E402
-from ort_train.ortmodule.kernels import memory, onednn  # noqa: E402
+from ort_train.ortmodule.kernels import memory  # noqa: E402
 from ort_train.ortmodule.kernels.aten import operator_name  # noqa: E402
 from ort_train.ortmodule.passes import products, quantized  # noqa: E402
 
@@ -99,12 +99,8 @@ def test_forward_and_gradients_are_eagers(quant_type: str, double_quant: bool) -
     assert all(np.prod(tensor.dims) < 96 for tensor in graph.initializer)
 
 
-@pytest.mark.skipif(
-    onednn.unavailable_reason() is not None,
-    reason=f"no fp32 products by oneDNN: {onednn.unavailable_reason()}",
-)
-def test_onednn_multiplies_by_decoded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are no inputs of the graph, which says their sizes all the same."""
+def test_torch_multiplies_by_decoded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By oneDNN or not. They are no inputs of the graph, which says their sizes all the same."""
     monkeypatch.setattr(products, "_MIN_ENTRIES", 96 * 128)
     eager = Model(bias=False)
     model = wrap(copy.deepcopy(eager), "ort", options=OPTIONS)

@@ -52,7 +52,8 @@ class OrtOptions:
     #: gain a tenth; others, and what runs in eager between them, lose more.
     allow_spinning: bool = False
     #: Whose kernels multiply fp32 matrices on a CPU: oneDNN's (torch's), ONNX Runtime's, or "auto":
-    #: oneDNN's where they serve (AVX-512 without AMX).
+    #: oneDNN's where they serve (AVX-512 without AMX); elsewhere torch's own choice, for decoded
+    #: 4-bit weights alone.
     products: Literal["auto", "onednn", "onnxruntime"] = "auto"
     #: Who computes attention on a CPU: ONNX Runtime by products and a softmax, torch by its fused
     #: kernel, which keeps no softmax, or "auto": torch where the first batch is long

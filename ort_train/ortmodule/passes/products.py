@@ -103,10 +103,13 @@ def _unflattened(graph: GraphIndex, name: str) -> str:
 def _decoding(graph: GraphIndex, name: str) -> Any:
     """The node that decodes this weight for a single product, in the type of its other factor, or
     None."""
+    is_single = _is_decoded(graph, name) and graph.num_reads(name) == 1
+    return graph.producers[name] if is_single else None
+
+
+def _is_decoded(graph: GraphIndex, name: str) -> bool:
     node = graph.producers.get(name)
-    if node is None or operator_name(node) != DECODE or graph.num_reads(name) > 1:
-        return None
-    return node
+    return node is not None and operator_name(node) == DECODE
 
 
 def _is_bias(graph: GraphIndex, name: str, columns: Dim) -> bool:
@@ -121,11 +124,14 @@ class Wanted(NamedTuple):
         is_bf16: in bf16; else in fp32.
         is_long: for batches of many tokens.
         keep_rounded: in bf16, leave frozen weights to be rounded once and for all.
+        only_decoded: only products with weights that torch decodes, of whatever size. Its threads
+            spin for some milliseconds behind that, on cores that ONNX Runtime's would multiply on.
     """
 
     is_bf16: bool
     is_long: bool = False
     keep_rounded: bool = False
+    only_decoded: bool = False
 
     def with_matrix(self, shape: Shape | None) -> bool:
         """Whether it is asked for products with a matrix of these sizes."""
@@ -134,6 +140,8 @@ class Wanted(NamedTuple):
         rows, columns = (size if size and isinstance(size, int) else _UNKNOWN for size in shape)
         if self.is_bf16:
             return min(rows, columns) >= _MIN_SIDE
+        if self.only_decoded:
+            return True
         return rows * columns >= (_MIN_ENTRIES_IF_LONG if self.is_long else _MIN_ENTRIES)
 
 
@@ -150,8 +158,10 @@ def _product_of(graph: GraphIndex, node: Any, wanted: Wanted) -> _Product | None
     a, b = node.input[:2]
     product = _Product(False, a, b, bias, a_t, b_t, node.output[0])
     if node.op_type == "Gemm":
-        return _gemm(graph, product, wanted)
+        return None if wanted.only_decoded else _gemm(graph, product, wanted)
     b, is_transpose = _untransposed(graph, product.b)
+    if wanted.only_decoded and not _is_decoded(graph, b):
+        return None
     if len(graph.shapes.get(b, ())) == 2:
         if a_t or not wanted.with_matrix(graph.shapes[b]):
             return None
@@ -319,9 +329,9 @@ _wanted: contextvars.ContextVar[Wanted | None] = contextvars.ContextVar("wanted"
 def replace_where_wanted(proto: Any) -> None:
     """:func:`replace`, where the graph is built within an :func:`export_scope` that asks for it."""
     wanted = _wanted.get()
-    if wanted is not None:
-        num_products, precision = replace(proto, wanted), "bf16" if wanted.is_bf16 else "fp32"
-        logger.info("%d matrix products by oneDNN in %s", num_products, precision)
+    if wanted is not None and (num_products := replace(proto, wanted)):
+        precision = "bf16" if wanted.is_bf16 else "fp32"
+        logger.info("%d matrix products by torch in %s", num_products, precision)
 
 
 @contextlib.contextmanager
@@ -331,7 +341,8 @@ def export_scope(
     """Graphs that are built within for a CPU leave their matrix products to a library.
 
     Args:
-        library: "onednn", "onnxruntime", or "auto" for oneDNN where it can.
+        library: "onednn", "onnxruntime", or "auto" for oneDNN where it can; elsewhere torch's own
+            choice for decoded weights alone.
         precision: "fp32" or "bf16".
         keep_rounded: in bf16, leave frozen weights to be rounded once and for all.
         tensors: of the first batch.
@@ -339,18 +350,20 @@ def export_scope(
     Raises:
         BackendUnavailableError: where oneDNN is asked for and can't.
     """
-    reason = None
-    if precision == "fp32" and library != "onnxruntime":
+    num_tokens = max((t.numel() for t in tensors if not t.is_floating_point()), default=0)
+    wanted: Wanted | None = Wanted(precision == "bf16", num_tokens >= _LONG, keep_rounded)
+    if precision == "fp32":
         reason = onednn.unavailable_reason()
         if library == "onednn" and reason is not None:
             raise BackendUnavailableError(
                 f"products='onednn' can't be had: {reason}; leave it at 'auto', or set "
                 "'onnxruntime'"
             )
-    is_on = precision == "bf16" or (library != "onnxruntime" and reason is None)
-    num_tokens = max((t.numel() for t in tensors if not t.is_floating_point()), default=0)
-    wanted = Wanted(precision == "bf16", num_tokens >= _LONG, keep_rounded)
-    token = _wanted.set(wanted if is_on else None)
+        if library == "onnxruntime":
+            wanted = None
+        elif reason is not None:
+            wanted = Wanted(is_bf16=False, only_decoded=True)
+    token = _wanted.set(wanted)
     try:
         yield
     finally:
