@@ -200,11 +200,14 @@ class Session:
         return found
 
     def _peak_gflops(self) -> float | None:
-        """None on a GPU, which goes on after a kernel of the profile has returned."""
+        """None on a GPU, which goes on after a kernel of the profile has returned, and of bf16 on a
+        CPU that doesn't multiply in it, where one product takes a minute."""
+        from ort_train.ortmodule.kernels import onednn
         from ort_train.ortmodule.kernels.peak import peak_gflops
 
-        is_on_cpu = self.device.type == "cpu"
-        return peak_gflops(self.config.train.precision) if is_on_cpu else None
+        precision = self.config.train.precision
+        has_peak = self.device.type == "cpu" and (precision == "fp32" or onednn.has_bf16())
+        return peak_gflops(precision) if has_peak else None
 
     def _forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
