@@ -134,7 +134,7 @@ def _called_from(frame: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         co_filename=frame.f_code.co_filename,
         co_firstlineno=line - 1,  # of its `def`
     )
-    return FunctionType(code, {})(func, args, kwargs)
+    return FunctionType(code, frame.f_globals)(func, args, kwargs)
 
 
 #: What records the decisions of the forward that is traced, if any.
