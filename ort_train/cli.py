@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ort_train import __version__, distributed
 from ort_train.errors import ConfigError, OrtTrainError, StoppedBySignal
+from ort_train.overrides import is_override
 
 EXIT_CODES = """\
 exit codes:
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     # argparse takes positional words in one piece only: overrides may stand behind options, too.
-    if hasattr(args, "overrides") and all(_is_override(word) for word in others):
+    if hasattr(args, "overrides") and all(map(is_override, others)):
         args.overrides = [*args.overrides, *others]
     elif others:
         args.parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -206,10 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         print(f"ort-train: {error}: free some space, or write elsewhere", file=sys.stderr)
         return 2
-
-
-def _is_override(word: str) -> bool:
-    return "=" in word and not word.startswith("-")
 
 
 def _stdout_is_closed() -> bool:

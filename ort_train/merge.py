@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ort_train import checkpoints, fingerprint, quantization
 from ort_train.config import RunConfig
 from ort_train.errors import CheckpointError, ModelError
-from ort_train.files import new_folder, new_folder_obstacle
+from ort_train.files import expanded, new_folder, new_folder_obstacle
 from ort_train.recipes import load_recipe
 from ort_train.run_folder import CONFIG_FILE, MODEL_FOLDER
 
@@ -41,7 +41,7 @@ def merge(run: str | Path, out: str | Path, base: str | None = None) -> str:
             holds something or can't be made.
         ModelError: the adapter is of another architecture.
     """
-    run, out = Path(run).expanduser(), Path(out).expanduser().resolve()
+    run, out = expanded(run), expanded(out).resolve()
     config, adapter = _read(run)
     if base is not None and config.adapter.method != "qlora":
         raise CheckpointError(

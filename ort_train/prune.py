@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ort_train.config import RunConfig
 from ort_train.errors import ConfigError
+from ort_train.files import expanded
+from ort_train.overrides import add_overrides
 from ort_train.recipes import make_config
 from ort_train.reports.provenance import versions
 
@@ -65,7 +67,7 @@ def prune_folder(
     from ort_train.models import load_model
     from ort_train.pruning import check_target, prune_model
 
-    source, out = Path(source).expanduser(), Path(out).expanduser()
+    source, out = expanded(source), expanded(out)
     if not (source / "config.json").is_file():
         raise ConfigError(
             f"{str(source)!r} has no config.json: name a folder that transformers loads, such as "
@@ -183,13 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train prune`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder that transformers loads, such as a run's model/")
-    add(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="settings of reading and fine-tuning: data.*, train.*",
-    )
+    add_overrides(parser, "settings of reading and fine-tuning: data.*, train.*")
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--pattern", choices=["2:4"], help="2 of each 4 weights become 0")

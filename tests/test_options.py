@@ -20,6 +20,8 @@ from ort_train.errors import ConfigError
 from ort_train.ortmodule import options as options_module
 from ort_train.ortmodule.options import parse_options
 
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
+
 
 def built(options: OrtOptions, module: torch.nn.Module | None = None) -> Any:
     """Upstream's training manager of a small module after its first step."""
@@ -292,8 +294,7 @@ def test_every_variable_that_is_set_is_one_that_upstream_reads_with_each_graph(t
 
 
 def test_every_option_is_documented_with_its_default_and_its_variable():
-    text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCUMENT.splitlines()]
     documented = {row[0].strip("`"): row for row in rows if len(row) == 4 and row[0][:1] == "`"}
     assert list(documented) != []
     for option in fields(OrtOptions):
@@ -304,10 +305,9 @@ def test_every_option_is_documented_with_its_default_and_its_variable():
 
 
 def test_every_variable_of_upstream_is_documented():
-    text = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
     read = _read_by_upstream()
     assert "ORTMODULE_MEMORY_OPT_LEVEL" in read
-    assert {name for name in read if f"`{name}`" not in text} == set()
+    assert {name for name in read if f"`{name}`" not in DOCUMENT} == set()
 
 
 def _read_by_upstream() -> set[str]:

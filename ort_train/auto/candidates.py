@@ -61,9 +61,7 @@ def no_bf16(device_type: str) -> str | None:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return None
         return "this GPU has no bf16 products in hardware (compute capability 8.0)"
-    if onednn.has_bf16():
-        return None
-    return "this CPU has no bf16 products in hardware (AVX-512 BF16 or AMX)"
+    return None if onednn.has_bf16() else onednn.NO_BF16
 
 
 def densities(

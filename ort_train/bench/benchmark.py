@@ -30,6 +30,7 @@ from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
 from ort_train.near import near_matches
 from ort_train.ortmodule.options import SPARSITY
+from ort_train.overrides import add_recipe
 from ort_train.reports import provenance
 from ort_train.reports import record as records
 
@@ -245,15 +246,8 @@ def _case_config(config: RunConfig, case: Case) -> RunConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train bench`."""
+    add_recipe(parser)
     add = parser.add_argument
-    add("recipe", metavar="NAME_OR_PATH", help="a shipped recipe, or a YAML file")
-    add(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="changes to the recipe",
-    )
     add(
         "--backends",
         default=",".join(BACKENDS),

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from ort_train.overrides import add_recipe
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train plan`."""
+    add_recipe(parser)
     add = parser.add_argument
-    add("recipe", metavar="NAME_OR_PATH", help="a shipped recipe, or a YAML file")
-    add(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="changes to the recipe",
-    )
     add("--gpus", type=int, default=1, metavar="N", help="GPUs of a node")
     add("--nodes", type=int, default=1, metavar="N", help="nodes")
     add("--gpu-mem-gib", type=float, required=True, metavar="GIB", help="memory of each GPU")

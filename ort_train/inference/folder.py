@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ort_train import checkpoints
 from ort_train.errors import ExportError
-from ort_train.files import new_folder, new_folder_obstacle, temporary_beside
+from ort_train.files import expanded, new_folder, new_folder_obstacle, temporary_beside
 
 if TYPE_CHECKING:
     import onnx
@@ -185,7 +185,7 @@ def load_folder(folder: str | Path) -> ExportedModel:
     Raises:
         ExportError: naming the file that is missing, damaged or cut off.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if missing:
         raise ExportError(
@@ -275,7 +275,7 @@ def check_out(out: str | Path) -> Path:
     Raises:
         ExportError: it holds something, or can't be made.
     """
-    out = Path(out).expanduser().resolve()
+    out = expanded(out).resolve()
     if (obstacle := new_folder_obstacle(out)) is not None:
         raise ExportError(f"{str(out)!r} {obstacle}")
     return out

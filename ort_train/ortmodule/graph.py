@@ -3,7 +3,7 @@ training graph needs before it is run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,20 @@ class GraphIndex:
             return np.concatenate([np.atleast_1d(value) for value in values])
         return np.asarray(values[0]).reshape(-1) if node.op_type != "Cast" else values[0]
 
-    def ancestors(self, *names: str) -> set[str]:
-        """Everything that values are computed of, themselves included."""
+    def ancestors(
+        self, *names: str, passes: Callable[[Any, str], bool] = lambda node, name: True
+    ) -> set[str]:
+        """Everything that values are computed of, themselves included.
+
+        Args:
+            passes: of a node and a value that it reads, whether to go on there.
+        """
         seen = set(names)
         stack = [*names]
         while stack:
             node = self.producers.get(stack.pop())
             for each in inputs_of(node) if node is not None else ():
-                if each not in seen:
+                if each not in seen and passes(node, each):
                     seen.add(each)
                     stack.append(each)
         return seen

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ort_train.bench.options import add_outputs, numbers, output_problems, show_and_save, words
 from ort_train.bench.turns import take_turns
 from ort_train.errors import ConfigError
+from ort_train.files import expanded
 from ort_train.inference.benchmark import exports
 from ort_train.inference.benchmark.engines import DEFAULT, ENGINES, GROUPS, REFERENCE, expand
 from ort_train.inference.benchmark.gguf_convert import obstacle
@@ -78,7 +79,7 @@ def run_benchmark(
         ExportError: the model can't be exported or converted.
     """
     tell = on_event or (lambda line: None)
-    source = Path(source).expanduser()
+    source = expanded(source)
     model = exports.locate(source, tell)
     config = _read_config(model)
     _check(config, engines, batch_sizes, prompt_lens, new_tokens, rounds, threads, llamacpp_python)

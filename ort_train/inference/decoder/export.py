@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ort_train.errors import ExportError
+from ort_train.files import expanded
 from ort_train.inference.decoder import parity
 from ort_train.inference.decoder.architectures import fused_obstacle, traced_obstacle, windows
 from ort_train.inference.folder import (
@@ -74,7 +75,7 @@ def export_model(
     out = check_out(out)
     if precision in _QUANTIZED:
         return _export_quantized(source, out, precision, graph, say, show_progress)
-    with _transformers_folder(Path(source).expanduser(), out, say) as folder:
+    with _transformers_folder(expanded(source), out, say) as folder:
         config = _load_config(folder)
         read_generation_config(folder)  # a damaged one is told before the work
         kind = _choose(config, graph, precision, say)

@@ -21,6 +21,7 @@ from ort_train.bench.parity import finite
 from ort_train.bench.process import Worker
 from ort_train.bench.turns import CaseRun, paired_ratios, short, spread, take_turns
 from ort_train.errors import ConfigError
+from ort_train.files import expanded
 from ort_train.inference.diffusion.folder import PipelineFolder, PipelineInfo, read_index
 from ort_train.inference.folder import INFO_FILE
 from ort_train.inference.generation.session import default_num_threads
@@ -121,7 +122,7 @@ def run_benchmark(
         ExportError: a folder that is damaged or of another pipeline.
     """
     tell = on_event or (lambda line: None)
-    source = Path(source).expanduser()
+    source = expanded(source)
     index = read_index(source)
     height, width = height or _own_size(index), width or _own_size(index)
     _check(engines, batch_sizes, steps, height, width, rounds, threads)
@@ -234,7 +235,7 @@ def _exported(
     from ort_train.inference.diffusion.folder import read_exported
 
     if exported is not None:
-        return read_exported(exported)[1], Path(exported).expanduser()
+        return read_exported(exported)[1], expanded(exported)
     out = folder_for(source, tell) / "onnx-fp32"
     if (out / INFO_FILE).is_file():
         tell(f"{out} is there already")

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ort_train.errors import ExportError
+from ort_train.files import expanded
 from ort_train.inference import folder as folders
 from ort_train.inference.diffusion import parts
 from ort_train.inference.diffusion.folder import (
@@ -145,7 +146,7 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def _locate(source: str | Path) -> Path:
     """The pipeline's folder; one on the hub is downloaded into its cache."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.exists() or str(source).count("/") != 1:
         return folder
     from diffusers import DiffusionPipeline

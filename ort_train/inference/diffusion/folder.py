@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ort_train.errors import ExportError
+from ort_train.files import expanded
 from ort_train.inference.diffusion.parts import FOLDERS, PIPELINES
 from ort_train.inference.folder import INFO_FILE, MODEL_FILE
 
@@ -124,7 +125,7 @@ def read_exported(folder: str | Path) -> tuple[PipelineFolder, PipelineInfo]:
     Raises:
         ExportError: naming what is missing or damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     file = folder / INFO_FILE
     if not file.is_file():
         raise ExportError(

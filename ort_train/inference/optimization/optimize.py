@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ort_train.errors import ConfigError, ModelError
-from ort_train.files import new_folder_obstacle, parent_obstacle, replacing
+from ort_train.files import expanded, new_folder_obstacle, parent_obstacle, replacing
 from ort_train.inference import onnx_files
 from ort_train.inference.optimization import drawing, passes
 from ort_train.reports.pages import render
@@ -41,7 +41,7 @@ def optimize_path(
         ConfigError: see `passes.optimize`.
         ModelError: see `passes.optimize`; or `out` is there already.
     """
-    source, out = Path(source).expanduser(), Path(out).expanduser()
+    source, out = expanded(source), expanded(out)
     file = onnx_files.model_file(source)
     check_out(source, out)
     optimized = passes.optimize(source, names, sizes)

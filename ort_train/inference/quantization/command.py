@@ -19,6 +19,7 @@ from ort_train.inference.quantization.quantize import (
     load_source,
     quantize_folder,
 )
+from ort_train.overrides import add_overrides
 
 _NUM_WORST = 5
 
@@ -27,13 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ort-train quantize`."""
     add = parser.add_argument
     add("folder", metavar="DIR", help="an exported model in fp32")
-    add(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="data.key=value",
-        help="settings of the text that is read",
-    )
+    add_overrides(parser, "settings of the text that is read", "data.key=value")
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
     add("--scheme", choices=BITS, default="int4", help="of the weights")
     add(

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ort_train.errors import UnsupportedModelError
+from ort_train.ortmodule.export.recorder import SHAPES
 from ort_train.ortmodule.patching import replaced
 
 _SLICES = frozenset({"aten::slice", "aten::select"})
-_SIZES = frozenset({"aten::size", "aten::numel", "aten::dim", "aten::len"})
 #: Views where nothing has to be moved or converted, copies elsewhere.
 _COPIES_OTHERS = frozenset({"aten::contiguous", "aten::to", "aten::type_as"})
 
@@ -93,7 +93,7 @@ def _refuse_lost_writes(graph: Any) -> None:
     for node in [*graph.nodes(), graph.return_node()]:
         for value in node.inputs():
             writer = lost.get(value.debugName())
-            if writer is not None and node.kind() not in _SIZES:
+            if writer is not None and node.kind() not in SHAPES:
                 place = writer.sourceRange().strip().partition("\n")[0]
                 raise UnsupportedModelError(
                     f"{writer.kind().removeprefix('aten::')} at {place} writes to a tensor whose "

@@ -14,13 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from onnx import TensorProto, helper
-
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.export import stop_gradient
-from ort_train.ortmodule.graph import GraphIndex, attribute, inputs_of
+from ort_train.ortmodule.graph import GraphIndex, attribute
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _PARTS = ("Split", "Slice", "Gather")
 
 
@@ -35,7 +32,7 @@ def apply(graph: Any) -> None:
         UnsupportedModelError: naming a Split that doesn't say how long its parts are.
     """
     index = GraphIndex(graph)
-    reached = _reached(graph, index)
+    reached = _reached(index)
     mixed = {node.input[0] for node in graph.node if _is_mixed(node, index, reached)}
     stopped: set[str] = set()
     nodes: list[Any] = []
@@ -61,15 +58,17 @@ def _copy(whole: str) -> str:
     return f"{whole}/untrained"
 
 
-def _reached(graph: Any, index: GraphIndex) -> set[str]:
+def _reached(index: GraphIndex) -> set[str]:
     """What a gradient of the outputs reaches, by way of numbers that can have one."""
-    reached = {info.name for info in graph.output}
-    for node in reversed(graph.node):
-        if stop_gradient.is_hidden(node) or reached.isdisjoint(node.output):
-            continue
-        names = inputs_of(node)
-        reached.update(n for n in names if index.types.get(n, TensorProto.FLOAT) in _FLOATS)
-    return reached
+    from onnx import TensorProto
+
+    floats = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE
+
+    def passes(node: Any, name: str) -> bool:
+        is_float = index.types.get(name, TensorProto.FLOAT) in floats
+        return is_float and not stop_gradient.is_hidden(node)
+
+    return index.ancestors(*index.outputs, passes=passes)
 
 
 def _is_mixed(node: Any, index: GraphIndex, reached: set[str]) -> bool:
@@ -84,6 +83,8 @@ def _is_mixed(node: Any, index: GraphIndex, reached: set[str]) -> bool:
 
 def _sliced(node: Any) -> Iterator[Any]:
     """The nodes in place of a Split."""
+    from onnx import TensorProto, helper
+
     if len(node.input) < 2:
         raise UnsupportedModelError(
             f"Split {node.name!r} doesn't say how long its parts are, and not all of them are "

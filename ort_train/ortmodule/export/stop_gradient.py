@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ort_train.ortmodule.graph import declare, inputs_of, inputs_within
+from ort_train.ortmodule.graph import GraphIndex, declare, inputs_of, inputs_within
 from ort_train.ortmodule.kernels.aten import aten_node, operator_name
 from ort_train.ortmodule.patching import replaced
 
@@ -160,11 +160,10 @@ def passed(graph: Any) -> set[str] | None:
     """
     if not any(operator_name(node) == OPERATOR for node in graph.node):
         return None
-    reached = {info.name for info in graph.output}
-    for node in reversed(graph.node):
-        if operator_name(node) != OPERATOR and not reached.isdisjoint(node.output):
-            reached.update(inputs_of(node))
-    return reached
+    index = GraphIndex(graph)
+    return index.ancestors(
+        *index.outputs, passes=lambda node, name: operator_name(node) != OPERATOR
+    )
 
 
 def apply(graph: Any, trained: frozenset[str]) -> None:

@@ -91,6 +91,10 @@ def product(
     return preferred(torch.addmm, bias, a, b, out=out)
 
 
+#: Why bf16 isn't worth asking for on a CPU that doesn't multiply in it.
+NO_BF16 = "this CPU has no bf16 products in hardware (AVX-512 BF16 or AMX)"
+
+
 def has_bf16() -> bool:
     """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX)."""
     features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -101,10 +105,7 @@ def slow_bf16() -> str | None:
     """In words, what bf16 costs on a CPU that doesn't multiply in it, measured here, or None."""
     if has_bf16():
         return None
-    return (
-        "this CPU has no bf16 products in hardware (AVX-512 BF16 or AMX): one takes "
-        f"{bf16_price():.1f} times as long as in fp32"
-    )
+    return f"{NO_BF16}: one takes {bf16_price():.1f} times as long as in fp32"
 
 
 @functools.cache

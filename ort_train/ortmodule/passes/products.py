@@ -351,18 +351,17 @@ def export_scope(
         BackendUnavailableError: where oneDNN is asked for and can't.
     """
     num_tokens = max((t.numel() for t in tensors if not t.is_floating_point()), default=0)
-    wanted: Wanted | None = Wanted(precision == "bf16", num_tokens >= _LONG, keep_rounded)
-    if precision == "fp32":
-        reason = onednn.unavailable_reason()
-        if library == "onednn" and reason is not None:
+    is_bf16 = precision == "bf16"
+    wanted: Wanted | None = Wanted(is_bf16, num_tokens >= _LONG, keep_rounded)
+    if not is_bf16 and library == "onnxruntime":
+        wanted = None
+    elif not is_bf16 and (reason := onednn.unavailable_reason()) is not None:
+        if library == "onednn":
             raise BackendUnavailableError(
                 f"products='onednn' can't be had: {reason}; leave it at 'auto', or set "
                 "'onnxruntime'"
             )
-        if library == "onnxruntime":
-            wanted = None
-        elif reason is not None:
-            wanted = Wanted(is_bf16=False, only_decoded=True)
+        wanted = Wanted(is_bf16=False, only_decoded=True)
     token = _wanted.set(wanted)
     try:
         yield
