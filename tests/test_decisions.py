@@ -156,7 +156,7 @@ def test_outcomes_are_looked_up_for_sizes_that_were_seen(monkeypatch: pytest.Mon
     module = wrap(Branch(), backend="ort", options=OPTIONS)
     for length in (3, 6, 2, 7):
         module(batch(2, length)).backward()
-    monkeypatch.setattr(decisions, "_run", None)  # or the next would fail
+    monkeypatch.setattr(decisions.Values, "run", None)  # or the next would fail
     for length in (7, 2, 6, 3):
         module(batch(2, length)).backward()
     assert len(engines(module)) == 2

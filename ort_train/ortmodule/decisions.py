@@ -8,33 +8,16 @@ the CPU, so no device is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from ort_train.ortmodule import sizes
+from ort_train.ortmodule.steps import Step, Values
 
 #: Combinations of sizes that are remembered.
 _MAX_KNOWN = 4096
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operator.
-
-    Attributes:
-        operator: its name and overload, "aten::size.int".
-        inputs: the places of its arguments among the program's values.
-        outputs: those of its results.
-        is_exact: whether its results' numbers, and not their sizes alone, are asked for.
-    """
-
-    operator: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    is_exact: bool
 
 
 @dataclass(frozen=True)
@@ -113,22 +96,31 @@ class Decisions:
         Raises:
             Exception: of any kind, where an operator of it can't run on such sizes.
         """
-        values: dict[int, Any] = {place: _read(constant) for place, constant in self.constants}
+        values = self._given.copy()
         for place, position in self.batch:
-            values[place] = torch.empty_like(tensors[position], device="meta", requires_grad=False)
-        for place, shape, dtype in self.fixed:
-            values[place] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            tensor = torch.empty_like(tensors[position], device="meta", requires_grad=False)
+            values.put(place, tensor)
         steps = iter(self.steps)
         done = 0
         # Its noise is not the run's. Behind the first other outcome, steps are not this batch's.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for decision in self.made:
                 for _ in range(decision.num_steps - done):
-                    _run(next(steps), values)
+                    values.run(next(steps))
                 done = max(done, decision.num_steps)
                 if outcome_of(values[decision.value], decision.outcome) != decision.outcome:
                     return decision.where
         return None
+
+    @functools.cached_property
+    def _given(self) -> Values:
+        """What is the same for all sizes."""
+        values = Values()
+        for place, constant in self.constants:
+            values.put(place, _read(constant))
+        for place, shape, dtype in self.fixed:
+            values.put(place, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
+        return values
 
     def written(self) -> dict[str, Any]:
         """As JSON values."""
@@ -156,75 +148,6 @@ def outcome_of(value: Any, like: Any) -> Any:
         like: another outcome of the same decision.
     """
     return bool(value) if isinstance(like, bool) else value.tolist()
-
-
-# --- One step
-
-_CONVERSIONS: dict[str, Callable[..., Any]] = {
-    "prim::NumToTensor": torch.tensor,
-    "prim::ListConstruct": lambda *items: list(items),
-    "prim::TupleConstruct": lambda *items: items,
-    "prim::ListUnpack": lambda items: items,
-    "prim::TupleUnpack": lambda items: items,
-    "aten::Int": int,
-    "aten::IntImplicit": int,
-    "aten::Float": float,
-    "aten::FloatImplicit": float,
-    "aten::Bool": bool,
-    "aten::ScalarImplicit": lambda value: value.item(),
-}
-
-
-def _overload(operator: str) -> Any:
-    namespace, _, name = operator.partition("::")
-    name, _, overload = name.partition(".")
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
-
-
-def _run(step: Step, values: dict[int, Any]) -> None:
-    arguments = [values[place] for place in step.inputs]
-    name = step.operator.split(".")[0]
-    if name in _CONVERSIONS:
-        result = _CONVERSIONS[name](*arguments)
-    else:
-        result = _call(step.operator, arguments, step.is_exact)
-    outputs = result if len(step.outputs) > 1 or name in _UNPACKING else (result,)
-    for place, output in zip(step.outputs, outputs, strict=True):
-        values[place] = output
-
-
-_UNPACKING = frozenset({"prim::ListUnpack", "prim::TupleUnpack"})
-
-
-def _call(operator: str, arguments: list[Any], is_exact: bool) -> Any:
-    """The operator's result: of numbers where they are asked for and known, of sizes otherwise."""
-    is_meta = not is_exact or any(tensor.is_meta for tensor in _tensors(arguments))
-    device = torch.device("meta" if is_meta else "cpu")
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return device
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.to(device)
-        if isinstance(value, list):
-            return [placed(item) for item in value]
-        return value
-
-    arguments = list(map(placed, arguments))
-    if not is_exact and (result := sizes.result(operator, arguments)) is not None:
-        return result
-    overload = _overload(operator)
-    parameters = list(zip(overload._schema.arguments, arguments, strict=False))
-    named = {parameter.name: value for parameter, value in parameters if parameter.kwarg_only}
-    return overload(*arguments[: len(arguments) - len(named)], **named)
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 # --- Constants
