@@ -273,12 +273,13 @@ def test_auto_leaves_out_bf16_without_hardware(
 @needs_bf16
 @pytest.mark.slow
 def test_two_hundred_steps_in_bf16(tiny_llama: Callable[..., Any], wikitext_dir: Any):
-    """The loss stays as near to fp32's as autocast's does."""
+    """The loss stays as near to fp32's as autocast's does: over several starts, as rounding is
+    another draw each time, and one start's distance is 0.002 to 0.02 with either."""
     text = (wikitext_dir / "wiki.valid.tokens").read_bytes()[: 200 * 4 * 33]
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(200, 4, 33)
 
-    def losses(backend: str, precision: str) -> torch.Tensor:
-        model = tiny_llama(hidden_size=128, intermediate_size=256)
+    def losses(backend: str, precision: str, seed: int) -> torch.Tensor:
+        model = tiny_llama(seed, hidden_size=128, intermediate_size=256)
         wrap(model, backend=backend, precision=precision).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         result = []
@@ -290,10 +291,10 @@ def test_two_hundred_steps_in_bf16(tiny_llama: Callable[..., Any], wikitext_dir:
             result.append(loss.item())
         return torch.tensor(result)
 
-    exact = losses("eager", "fp32")
-    autocast = losses("eager", "bf16")
-    ours = losses("ort", "bf16")
-    assert exact[-20:].mean() < 0.7 * exact[0]  # it learns
+    runs = [("eager", "fp32"), ("eager", "bf16"), ("ort", "bf16")]
+    exact, autocast, ours = (torch.stack([losses(*run, s) for s in range(4)]) for run in runs)
+    assert (exact[:, -20:].mean(1) < 0.7 * exact[:, 0]).all()  # it learns
     spread = (autocast - exact).abs()
-    assert (ours - exact).abs().mean() <= 1.2 * spread.mean()  # rounding is another draw each time
+    # Measured: 1.01 of autocast's with wikitext, 0.80 with the text made in its place.
+    assert (ours - exact).abs().mean() <= 1.2 * spread.mean()
     assert (ours - exact).abs().max() <= 2 * spread.max()

@@ -50,7 +50,8 @@ MIXES_TOKENS = {
     ),
     **dict.fromkeys(["deepseek_v3", "glm4_moe_lite", "youtu"], "ScatterND"),  # interleaved rotary
     **dict.fromkeys(["lfm2", "squeezebert", "nystromformer"], "convolution"),
-    **dict.fromkeys(["convbert", "mobilebert", "longt5"], "Pad"),
+    **dict.fromkeys(["convbert", "longt5"], "Pad"),
+    "mobilebert": "Slice",  # each token's embedding beside its neighbours'
     "gpt_oss": "max",
     "diffllama": "Tile",
     "doge": "ReduceMax",

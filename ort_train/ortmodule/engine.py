@@ -25,6 +25,7 @@ from ort_train.ortmodule.export import (
     attention,
     gradients,
     layers_4bit,
+    slices,
     splits,
     stop_gradient,
     symbolics,
@@ -396,3 +397,4 @@ class Engine:
                 padding=bool(options.padding_sparsity),
                 trainable=trainable,
             )
+        slices.apply(model.graph)

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN, operator_name, rename_operator
+from ort_train.ortmodule.kernels.torch_operators import is_gradient, narrowed
 
 #: A size, or the name of one that differs between batches; 0 where not even that is known.
 Dim = int | str
 Shape = list[Dim]
 
+#: Of onnx.TensorProto.DataType: FLOAT, FLOAT16, DOUBLE and BFLOAT16.
+FLOATS = frozenset({1, 10, 11, 16})
 #: Between the operators of one gradient node, each of which computes one of its outputs.
 SEPARATOR = "|"
 
@@ -157,8 +160,8 @@ def declare(graph: Any, names: Iterable[str], dtype: int = 1) -> None:
 
 
 def split_gradients(graph: Any) -> None:
-    """A node for each wanted output of a gradient that names several operators; where a single one
-    computes all, names and a type for those that aren't wanted.
+    """A node for each wanted output of a gradient that names several operators. Where a single one
+    computes all, names and a type for those that aren't wanted, unless it can leave them out.
 
     `graph` is an onnx.GraphProto, changed in place.
 
@@ -171,7 +174,11 @@ def split_gradients(graph: Any) -> None:
     for node in graph.node:
         names = operator_name(node).split(SEPARATOR) if node.domain == ATEN_DOMAIN else []
         if len(names) < 2:
-            if names:
+            if names and is_gradient(names[0]):
+                wanted = [i for i, output in enumerate(node.output) if output]
+                rename_operator(node, narrowed(names[0], wanted))
+                node.output[:] = [node.output[i] for i in wanted]
+            elif names:
                 outputs = [o or f"{node.name}/unused_{i}" for i, o in enumerate(node.output)]
                 unused += set(outputs) - {*node.output}
                 node.output[:] = outputs

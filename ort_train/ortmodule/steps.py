@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ort_train.ortmodule import sizes
+from ort_train.ortmodule.kernels.torch_operators import called, overload_of
 
 #: Entries of a tensor up to which it is compared with others by its numbers.
 _MAX_COMPARED = 64
@@ -119,17 +120,11 @@ _CONVERSIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _overload(operator: str) -> Any:
-    namespace, _, name = operator.partition("::")
-    name, _, overload = name.partition(".")
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
-
-
 def _draws(operator: str) -> bool:
     """Whether two calls with the same arguments give other numbers."""
     if operator.split(".")[0] in _CONVERSIONS:
         return False
-    return torch.Tag.nondeterministic_seeded in _overload(operator).tags
+    return torch.Tag.nondeterministic_seeded in overload_of(operator).tags
 
 
 def _run(step: Step, arguments: list[Any]) -> Iterable[Any]:
@@ -164,10 +159,7 @@ def _call(operator: str, arguments: list[Any], is_exact: bool) -> Any:
     arguments = list(map(placed, arguments))
     if not is_exact and (result := sizes.result(operator, arguments)) is not None:
         return result
-    overload = _overload(operator)
-    parameters = list(zip(overload._schema.arguments, arguments, strict=False))
-    named = {parameter.name: value for parameter, value in parameters if parameter.kwarg_only}
-    return overload(*arguments[: len(arguments) - len(named)], **named)
+    return called(operator, arguments)
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:

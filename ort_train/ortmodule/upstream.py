@@ -26,8 +26,9 @@ import torch.utils.checkpoint
 
 from ort_train.errors import BackendUnavailableError, UnsupportedModelError
 from ort_train.ortmodule.explain import explained
-from ort_train.ortmodule.export import exporter, functions, stop_gradient
+from ort_train.ortmodule.export import exporter, functions, stop_gradient, torch_nodes
 from ort_train.ortmodule.kernels import aten, attention_kernels, gpu_memory
+from ort_train.ortmodule.kernels.torch_operators import call_of
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.patching import replaced
 
@@ -253,11 +254,7 @@ def _gradients_of_trainable_only(
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
         # It refuses a parameter that no gradient reaches.
         passed = stop_gradient.passed(model.graph)
-        trained = [
-            name
-            for name in names_with_grad
-            if name not in frozen and (passed is None or name in passed)
-        ]
+        trained = [name for name in names_with_grad if name in passed - frozen]
         if not trained:
             transform(model)  # its own refusal says more, as that of a call without labels
             raise UnsupportedModelError(
@@ -269,8 +266,27 @@ def _gradients_of_trainable_only(
     return wrapper
 
 
-def _with_shapes_of_attention(initialize: Callable[..., None]) -> Callable[..., None]:
-    """Shape inference that knows attention as one node, among the nodes that torch runs."""
+class _Dispatcher(dict[str, Callable[[Any], None]]):
+    """Upstream's functions for nodes that torch runs, and one for those of torch_nodes.py.
+
+    Args:
+        known: upstream's, by operator.
+        infer: for the others.
+    """
+
+    def __init__(self, known: dict[str, Callable[[Any], None]], infer: Callable[[Any], None]):
+        super().__init__(known)
+        self._infer = infer
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or call_of(str(name)) is not None
+
+    def __missing__(self, name: str) -> Callable[[Any], None]:
+        return self._infer
+
+
+def _with_shapes_of_torch(initialize: Callable[..., None]) -> Callable[..., None]:
+    """Shape inference that knows attention as one node, and any operator that torch runs."""
 
     @functools.wraps(initialize)
     def initialized(inference: Any, *args: Any, **fields: Any) -> None:
@@ -290,6 +306,9 @@ def _with_shapes_of_attention(initialize: Callable[..., None]) -> Callable[..., 
         initialize(inference, *args, **fields)
         for operator in attention_kernels.OPERATORS.values():
             inference.aten_op_dispatcher_[operator] = infer
+        inference.aten_op_dispatcher_ = _Dispatcher(
+            inference.aten_op_dispatcher_, functools.partial(torch_nodes.infer_shapes, inference)
+        )
 
     return initialized
 
@@ -360,7 +379,7 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
         exporter.restored_symbolics(),
         replaced(
             inference,
-            __init__=_with_shapes_of_attention(inference.__init__),
+            __init__=_with_shapes_of_torch(inference.__init__),
             _infer_Slice=_with_single_entries(inference._infer_Slice),
         ),
         replaced(upstream_logger, _suppress_os_stream_output=output_to_file),

@@ -16,7 +16,7 @@ from typing import Any
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.export import stop_gradient
-from ort_train.ortmodule.graph import GraphIndex, attribute
+from ort_train.ortmodule.graph import FLOATS, GraphIndex, attribute
 
 _PARTS = ("Split", "Slice", "Gather")
 
@@ -60,13 +60,9 @@ def _copy(whole: str) -> str:
 
 def _reached(index: GraphIndex) -> set[str]:
     """What a gradient of the outputs reaches, by way of numbers that can have one."""
-    from onnx import TensorProto
-
-    floats = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE
 
     def passes(node: Any, name: str) -> bool:
-        is_float = index.types.get(name, TensorProto.FLOAT) in floats
-        return is_float and not stop_gradient.is_hidden(node)
+        return index.types.get(name) in {*FLOATS, None} and not stop_gradient.is_hidden(node)
 
     return index.ancestors(*index.outputs, passes=passes)
 

@@ -21,8 +21,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ort_train.ortmodule.graph import GraphIndex, declare, inputs_of, inputs_within
+from ort_train.ortmodule.graph import (
+    FLOATS,
+    GraphIndex,
+    attribute,
+    declare,
+    inputs_of,
+    inputs_within,
+)
 from ort_train.ortmodule.kernels.aten import aten_node, operator_name
+from ort_train.ortmodule.kernels.torch_operators import call_of
 from ort_train.ortmodule.patching import replaced
 
 OPERATOR = "ort_train::stop_gradient"
@@ -152,18 +160,33 @@ def is_hidden(node: Any) -> bool:
     return bool(node.doc_string == OPERATOR)
 
 
-def passed(graph: Any) -> set[str] | None:
-    """The values that a gradient of the outputs can reach, or None where nothing stops one.
+#: Whose results are integers or booleans.
+_NOT_DIFFERENTIABLE = frozenset(
+    {
+        "And", "ArgMax", "ArgMin", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less",
+        "LessOrEqual", "NonZero", "Not", "Or", "Shape", "Size", "Xor",
+    }
+)  # fmt: skip
+
+
+def passed(graph: Any) -> set[str]:
+    """The values that a gradient of the outputs can reach.
 
     Args:
         graph: onnx.GraphProto as exported.
     """
-    if not any(operator_name(node) == OPERATOR for node in graph.node):
-        return None
     index = GraphIndex(graph)
-    return index.ancestors(
-        *index.outputs, passes=lambda node, name: operator_name(node) != OPERATOR
-    )
+    return index.ancestors(*index.outputs, passes=_passes)
+
+
+def _passes(node: Any, name: str) -> bool:
+    """Whether a gradient of a node reaches a value that it reads."""
+    operator = operator_name(node)
+    if (call := call_of(operator)) is not None:
+        return any(node.input[i] == name for i in call.trained)
+    if operator == "Cast":
+        return attribute(node, "to") in FLOATS
+    return operator != OPERATOR and operator not in _NOT_DIFFERENTIABLE
 
 
 def apply(graph: Any, trained: frozenset[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule.export import convolutions, stop_gradient
+from ort_train.ortmodule.export import convolutions, stop_gradient, torch_nodes
 from ort_train.ortmodule.export.attention import scaled_dot_product_attention
 from ort_train.ortmodule.export.exporter import exporter_module
 from ort_train.ortmodule.export.nodes import (
@@ -41,6 +41,8 @@ def register(opset: int) -> None:
     """Register all of them with the TorchScript exporter."""
     for name, function in _SYMBOLICS.items():
         torch.onnx.register_custom_op_symbolic(name, function, opset)
+    for name in list(torch_nodes.missing(opset)):
+        torch.onnx.register_custom_op_symbolic(name, torch_nodes.symbolic, opset)
 
 
 def _symbolic(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -185,6 +187,53 @@ def _expm1(g: Any, self: Any) -> Any:
     return g.op("Mul", half, g.op("Add", g.op("Exp", self), scalar(g, 1, dtype)))
 
 
+@_symbolic("matmul")
+def _matmul(g: Any, self: Any, other: Any) -> Any:
+    """Of vectors as of matrices: ONNX Runtime's gradient of MatMul is wrong for them."""
+    first, second = rank_of(self, "matmul") == 1, rank_of(other, "matmul") == 1
+    if first:
+        self = g.op("Unsqueeze", self, ints(g, 0))
+    if second:
+        other = g.op("Unsqueeze", other, ints(g, 1))
+    product = g.op("MatMul", self, other)
+    axes = [axis for axis, is_vector in ((-2, first), (-1, second)) if is_vector]
+    return g.op("Squeeze", product, ints(g, *axes)) if axes else product
+
+
+@_symbolic("floor", "ceil", "round", "trunc", "sign")
+def _step(g: Any, self: Any, *decimals: Any) -> Any:
+    """Functions without a gradient, which ONNX Runtime's gradient builder refuses to pass by."""
+    short = g.original_node.kind().partition("::")[2]
+    if any(constant(each, "i", "decimals") != 0 for each in decimals):
+        return torch_nodes.symbolic(g, self, *decimals)
+    stopped = _detach(g, self)
+    if short == "trunc":
+        floor = g.op("Floor", g.op("Abs", stopped))
+        return g.op("Mul", g.op("Sign", stopped), floor)
+    return g.op(short.capitalize(), stopped)
+
+
+@_symbolic("remainder", "fmod")
+def _remainder(g: Any, self: Any, other: Any) -> Any:
+    """self - other·n, where n, a whole number, has no gradient."""
+    if not dtype_of(self).is_floating_point:
+        return exporter_module("symbolic_opset9").remainder(g, self, other)
+    quotient = _detach(g, g.op("Div", self, other))
+    is_truncated = g.original_node.kind() == "aten::fmod"
+    whole = g.op("Floor", g.op("Abs", quotient) if is_truncated else quotient)
+    if is_truncated:
+        whole = g.op("Mul", g.op("Sign", quotient), whole)
+    return g.op("Sub", self, g.op("Mul", other, whole))
+
+
+@_symbolic("nll_loss_nd", "nll_loss2d")
+def _nll_loss(
+    g: Any, self: Any, target: Any, weight: Any, reduction: Any, ignore_index: Any
+) -> Any:
+    """Upstream's node has no gradient."""
+    return torch_nodes.symbolic(g, self, target, weight, reduction, ignore_index)
+
+
 @_symbolic("einsum")
 def _einsum(g: Any, equation: Any, tensors: Any, path: Any = None) -> Any:
     """With "..." written out: upstream leaves such an equation to Einsum, which has no gradient."""
@@ -231,6 +280,9 @@ def _cross_entropy_loss(
 ) -> Any:
     """The mean over no label is NaN; ONNX Runtime's kernel returns 0."""
     arguments = (self, target, weight, reduction, ignore_index, label_smoothing)
+    is_smoothed = constant(label_smoothing, "f", "label_smoothing") != 0
+    if is_smoothed or dtype_of(target).is_floating_point:
+        return torch_nodes.symbolic(g, *arguments)
     loss = _upstream("::cross_entropy_loss")(g, *arguments)
     if constant(reduction, "i", "reduction") != 1:
         return loss
@@ -273,6 +325,42 @@ def _repeat_interleave(
     return typed(output, self, [*sizes[:axis], size, *sizes[axis + 1 :]])
 
 
+@_symbolic("pad")
+def _pad(g: Any, self: Any, pad: Any, mode: Any, value: Any = None) -> Any:
+    """ONNX Runtime has a gradient of constant padding alone."""
+    if constant(mode, "s", "mode") in ("reflect", "replicate"):
+        return torch_nodes.symbolic(g, self, pad, mode, value)
+    return exporter_module("symbolic_opset11").pad(g, self, pad, mode, value)
+
+
+@_symbolic("unflatten")
+def _unflatten(g: Any, self: Any, dim: Any, sizes: Any, names: Any = None) -> Any:
+    """torch's own makes a shape of unknown length, which upstream's inference can't follow."""
+    rank = rank_of(self, "unflatten")
+    axis = constant(dim, "i", "dim") % rank
+    shape = g.op("Shape", self)
+    kept = [g.op("Slice", shape, ints(g, a), ints(g, b)) for a, b in ((0, axis), (axis + 1, rank))]
+    helper = exporter_module("symbolic_helper")
+    if helper._is_packed_list(sizes):  # of sizes of the batch
+        between = [g.op("Reshape", each, ints(g, 1)) for each in helper._unpack_list(sizes)]
+    else:
+        between = [ints(g, *constant(sizes, "is", "sizes"))]
+    return g.op("Reshape", self, g.op("Concat", kept[0], *between, kept[1], axis_i=0))
+
+
+@_symbolic("split", "unsafe_split")
+def _split(g: Any, self: Any, lengths: Any, dim: Any, _outputs: Any = None) -> Any:
+    """Of parts of one length: torch's own takes the last one for as long as the others. A graph
+    serves no other size of this axis (tracing.py)."""
+    sizes = next(g.original_node.inputs()).type().sizes()
+    is_static = lengths.node().kind() == "onnx::Constant" and sizes_of(lengths) == []
+    if not is_static or _outputs is None or sizes is None:
+        return exporter_module("symbolic_opset13").split(g, self, lengths, dim, _outputs)
+    axis, length = constant(dim, "i", "dim"), constant(lengths, "i", "split_size")
+    parts = [len(part) for part in torch.arange(sizes[axis]).split(length)]
+    return g.op("Split", self, ints(g, *parts), axis_i=axis, outputs=_outputs)
+
+
 @_symbolic("prim::ConstantChunk")
 def _chunk(g: Any, self: Any, chunks: int, dim: int) -> Any:
     """Upstream's computes the sizes in the graph, so the parts keep the traced batch's shape as
@@ -298,6 +386,8 @@ def _chunk(g: Any, self: Any, chunks: int, dim: int) -> Any:
 @_symbolic("cumsum")
 def _cumsum(g: Any, self: Any, dim: Any, dtype: Any = None) -> Any:
     """torch's own passes booleans on, which ONNX can't sum."""
+    if dtype_of(self).is_floating_point:
+        return torch_nodes.symbolic(g, self, dim, dtype)  # CumSum has no gradient
     if not is_none(dtype):
         result_type = exporter_module("_type_utils").JitScalarType(constant(dtype, "i", "dtype"))
         self = g.op("Cast", self, to_i=result_type.onnx_type())
@@ -360,10 +450,10 @@ def _index_put(g: Any, self: Any, indices: Any, values: Any, accumulate: Any = F
     return _index_add(g, self, scalar(g, 0, torch.int64), index, values)
 
 
-# --- Convolution, activation, attention and experts
+# --- Convolution, activation, attention, experts, and what torch runs
 
 
-for _name, _function in convolutions.SYMBOLICS.items():
+for _name, _function in (*convolutions.SYMBOLICS.items(), *torch_nodes.SYMBOLICS.items()):
     _symbolic(_name)(_function)
 _symbolic("gelu")(gelu)
 _symbolic("scaled_dot_product_attention")(scaled_dot_product_attention)

@@ -109,14 +109,87 @@ class _Indexing(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         before = _Indexing.is_followed
+        frame = sys._getframe(1)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             # Of a list, a trace keeps the numbers.
             _Indexing.is_followed = not any(isinstance(e, list | tuple | range) for e in index)
+        elif func in _DIVISIONS:
+            _DIVISIONS[func](*args, **kwargs or {})
         try:
-            return _called_from(sys._getframe(1), func, args, kwargs or {})
+            result = _called_from(frame, func, args, kwargs or {})
         finally:
             _Indexing.is_followed = before
+        if func is torch.Tensor.__getitem__ and isinstance(result, torch.Tensor):
+            for axis in _single_entries(args[0], index, result):
+                single = (*[slice(None)] * axis, slice(0, 1))
+                if result.shape[axis] == 1:  # a decision, which the trace keeps
+                    result = _called_from(frame, func, (result, single), {})
+        return result
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """What is done meanwhile is no part of the trace."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def _decide_by_length(tensor: Any, dim: int = 0) -> None:
+    """A trace keeps into how many parts a tensor is divided, and how long each is."""
+    if isinstance(tensor, torch.Tensor):
+        int(tensor.shape[dim])
+
+
+def _decide_by_split(
+    tensor: Any, split_size_or_sections: Any = None, dim: int = 0, **other: Any
+) -> None:
+    if isinstance(split_size_or_sections, int):  # or other lengths fail
+        _decide_by_length(tensor, dim)
+
+
+_DIVISIONS: dict[Any, Callable[..., None]] = {
+    **dict.fromkeys((torch.split, torch.functional.split, torch.Tensor.split), _decide_by_split),
+    **dict.fromkeys((torch.unbind, torch.Tensor.unbind), _decide_by_length),
+}
+
+
+def _single_entries(
+    tensor: torch.Tensor, index: tuple[Any, ...], result: torch.Tensor
+) -> Iterator[int]:
+    """Axes of a slicing's result that have one entry in this batch, and of others more.
+
+    Upstream takes their size for the one that it broadcasts to (see upstream.py, which knows of
+    slices that have one entry in all batches).
+    """
+    if not all(isinstance(each, slice | int) or each in (None, Ellipsis) for each in index):
+        return
+    with _untraced():
+        before, after = tuple(tensor.shape), tuple(result.shape)
+    num_indexed = sum(isinstance(each, slice | int) for each in index)
+    source = target = 0
+    for each in index:
+        if each is Ellipsis:
+            source += len(before) - num_indexed
+            target += len(before) - num_indexed
+        elif each is None:
+            target += 1
+        elif isinstance(each, int):
+            source += 1
+        else:
+            is_single = after[target] == 1 and before[source] != 1
+            if is_single and not _is_always_single(each):
+                yield target
+            source, target = source + 1, target + 1
+
+
+def _is_always_single(each: slice) -> bool:
+    bounds = (each.start or 0, each.stop, each.step or 1)
+    return all(type(bound) is int for bound in bounds) and bounds[1] == bounds[0] + 1
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

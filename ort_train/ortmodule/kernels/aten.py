@@ -257,6 +257,32 @@ def direct(name: str, numbers: Iterable[int] = ()) -> Callable[[_Function], _Fun
     return keep
 
 
+#: Makes such functions of names that begin alike: the function, and which inputs are numbers.
+_families: dict[bytes, Callable[[str], tuple[Callable[..., Any], Iterable[int]]]] = {}
+
+
+def direct_family(
+    beginning: str, make: Callable[[str], tuple[Callable[..., Any], Iterable[int]]]
+) -> None:
+    """As :func:`direct`, for all operators whose names begin so.
+
+    Args:
+        make: of a name, the function and which of its inputs are numbers.
+    """
+    _families[beginning.encode()] = make
+
+
+def _find_direct(name: bytes) -> Callable[..., Any] | None:
+    function = _direct.get(name)
+    if function is not None:
+        return function
+    for beginning, make in _families.items():
+        if name.startswith(beginning):
+            function, numbers = make(name.decode())
+            return direct(name.decode(), numbers)(function)
+    return None
+
+
 def _run_direct(function: Callable[..., Any], pointers: Sequence[int | None]) -> Any:
     remaining = iter(pointers)
     try:
@@ -300,9 +326,9 @@ def _drop(pointers: Iterable[int | None]) -> None:
 
 
 def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool) -> bool:
-    if name in _direct:
-        return not (is_input and index in _numbers[name])
     try:
+        if _find_direct(name) is not None:
+            return not (is_input and index in _numbers[name])
         op = _operator(name, overload)
         return op.are_tensors[index] if is_input else op.return_kinds[index] == "TensorType"
     except BaseException as error:
@@ -317,14 +343,15 @@ def _addresses(count: int) -> Any:
 
 
 def _results(name: bytes, overload: bytes, pointers: Sequence[int | None]) -> Any:
-    function = _direct.get(name)
-    if function is not None:
-        return _run_direct(function, pointers)
     try:
-        op = _operator(name, overload)
+        function = _find_direct(name)
+        op = _operator(name, overload) if function is None else None
     except BaseException:
         _drop(pointers)
         raise
+    if function is not None:
+        return _run_direct(function, pointers)
+    assert op is not None
     return _run_operator(op, pointers)
 
 
