@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ort_train import OrtOptions, wrap
-from ort_train.ortmodule.kernels import aten
+from ort_train.ortmodule.kernels import direct
 from ort_train.ortmodule.passes import activations
 
 ERF, TANH = "ort_train::gelu_grad", "ort_train::gelu_tanh_grad"
@@ -68,7 +68,7 @@ def test_gradient_of_gelu(operator: str, form: str, has_bias: bool) -> None:
     x = (3 * torch.randn(4, 5, 8, generator=generator)).requires_grad_()
     bias = [torch.randn(8, generator=generator)] * has_bias
     grad = torch.randn(4, 5, 8, generator=generator)
-    found = aten._direct[operator.encode()](grad, x.detach(), *bias)
+    found = direct._direct[operator.encode()](grad, x.detach(), *bias)
     (expected,) = torch.autograd.grad(F.gelu(sum(bias, x), approximate=form), x, grad)
     # torch's own kernel in both; the bias is added alike.
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

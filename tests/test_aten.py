@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ort_train import wrap
-from ort_train.ortmodule.kernels import aten
+from ort_train.ortmodule.kernels import aten, direct
 
 _DOMAIN = "org.pytorch.aten"
 _DTYPES = {
@@ -227,8 +227,8 @@ def _failing(monkeypatch: pytest.MonkeyPatch, operator_name: bytes) -> None:
     def bad_kernel(*args: Any) -> Any:
         raise ZeroDivisionError("kernel gave up")
 
-    if operator_name in aten._direct:
-        monkeypatch.setitem(aten._direct, operator_name, bad_kernel)
+    if operator_name in direct._direct:
+        monkeypatch.setitem(direct._direct, operator_name, bad_kernel)
 
     def looked_up(name: bytes, overload: bytes) -> Any:
         found = operator(name, overload)
@@ -323,7 +323,7 @@ def test_inputs_of_a_node_are_freed_even_where_it_fails(name: str, num_inputs: i
 
 
 def test_a_function_that_returns_too_little_is_an_error(monkeypatch):
-    monkeypatch.setitem(aten._direct, b"one_of_two", lambda tensor: tensor + 1)
+    monkeypatch.setitem(direct._direct, b"one_of_two", lambda tensor: tensor + 1)
     with pytest.raises(Exception):  # noqa: B017, PT011 - ONNX Runtime's report of its effect
         run_node("one_of_two", "", [X], [torch.float32, torch.float32])
     with pytest.raises(IndexError):

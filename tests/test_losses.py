@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from ort_train.ortmodule.kernels import aten
+from ort_train.ortmodule.kernels import direct
 from ort_train.ortmodule.passes import losses
 
 
 def run(name: str, *inputs: Any) -> Any:
     assert losses  # registers the functions
     with torch.no_grad():
-        return aten._direct[f"ort_train::{name}".encode()](*inputs)
+        return direct._direct[f"ort_train::{name}".encode()](*inputs)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

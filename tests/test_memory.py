@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ort_train import wrap
 from ort_train.ortmodule import OrtOptions
-from ort_train.ortmodule.kernels import aten, memory
+from ort_train.ortmodule.kernels import direct, memory
 from ort_train.ortmodule.passes import embeddings
 
 
@@ -253,7 +253,7 @@ def test_embedding_gradient_as_torchs(padding: int, by_frequency: bool):
     ids[0, :9] = 5
     grad = torch.randn(3, 50, 32, generator=generator)
     arguments = (grad, ids, 200, padding, by_frequency, False)
-    function = aten._direct[b"embedding_backward"]
+    function = direct._direct[b"embedding_backward"]
     found = function(*(torch.as_tensor(value) for value in arguments))
     # Added in the same order.
     assert torch.equal(found, torch.ops.aten.embedding_backward(*arguments))

@@ -63,7 +63,8 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, what caused it, and what was being handled when it was raised."""
+    """An error, what caused it, and what was being handled when it was raised, unless that was
+    suppressed (`raise ... from None`)."""
     seen: set[int] = set()
     links: list[BaseException | None] = [error]
     while links:
@@ -71,7 +72,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         if link is not None and id(link) not in seen:
             seen.add(id(link))
             yield link
-            links += [link.__cause__, link.__context__]
+            links += [link.__cause__, None if link.__suppress_context__ else link.__context__]
 
 
 def _summary(error: BaseException, text: str, operator: str | None) -> str:

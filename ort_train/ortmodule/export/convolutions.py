@@ -1,7 +1,8 @@
 """Convolution and pooling, by torch: ONNX Runtime's gradients of them are wrong on CPUs.
 
 Its ConvGrad returns other gradients for grouped weights, its AveragePoolGrad some of another shape,
-and its MaxPoolGrad writes past its memory, which ends the process.
+and its MaxPoolGrad writes past its memory, which ends the process: torch_nodes.py has the poolings
+that aren't here.
 """
 
 from __future__ import annotations
@@ -118,25 +119,10 @@ def _stride(stride: Any, kernel: Any) -> Any:
     return stride if constant(stride, "is", "stride") else kernel
 
 
-def _refused(name: str) -> Callable[..., Any]:
-    def refuse(g: Any, *inputs: Any) -> Any:
-        raise unsupported(name, "a gradient, which would end the process")
-
-    return refuse
-
-
 #: By the name of the operator.
 SYMBOLICS: dict[str, Callable[..., Any]] = {
     "_convolution": _convolution,
     "_convolution_mode": _convolution_mode,
     "max_pool1d": _max_pool1d,
     "avg_pool1d": _avg_pool1d,
-    **{
-        name: _refused(name)
-        for name in (
-            "max_pool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
-            "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d",
-            "adaptive_max_pool3d",
-        )
-    },
-}  # fmt: skip
+}

@@ -40,6 +40,13 @@ def symbolic_registry() -> Any:
     return exporter_module("registration").registry
 
 
+def upstream_symbolic(name: str) -> Any:
+    """ORTModule's own symbolic function of an operator."""
+    package = "onnxruntime.training.ortmodule"
+    registry = importlib.import_module(f"{package}._custom_op_symbolic_registry")
+    return registry.CustomOpSymbolicRegistry._SYMBOLICS[name]
+
+
 def symbolic_overrides() -> dict[str, dict[int, Any]]:
     """Symbolic functions that were registered in place of the exporter's own, by opset."""
     registry = symbolic_registry()

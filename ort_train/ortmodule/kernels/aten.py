@@ -17,11 +17,11 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from ort_train.ortmodule.kernels import direct
 
 #: Of the nodes that torch runs.
 ATEN_DOMAIN = "org.pytorch.aten"
@@ -214,7 +214,7 @@ def aten_node(operator: str, inputs: Sequence[str], outputs: Sequence[str], name
     """An onnx.NodeProto that torch runs.
 
     Args:
-        operator: name in torch.ops, or one of :func:`direct`.
+        operator: name in torch.ops, or one of direct.py.
         inputs: its arguments, in order.
         outputs: what it returns.
         name: of the node.
@@ -230,57 +230,6 @@ def aten_node(operator: str, inputs: Sequence[str], outputs: Sequence[str], name
         operator=operator,
         overload_name="",
     )
-
-
-#: Functions of ours that an ATen node runs without torch's dispatcher, which costs more than a
-#: small product: tensors in, a tensor or a tuple of them out.
-_direct: dict[bytes, Callable[..., Any]] = {}
-#: Which of their inputs are numbers.
-_numbers: dict[bytes, frozenset[int]] = {}
-
-
-def direct(name: str, numbers: Iterable[int] = ()) -> Callable[[_Function], _Function]:
-    """Have ATen nodes whose operator has this name run the function.
-
-    It takes tensors, None for an absent one, and returns a tensor or a tuple of them.
-
-    Args:
-        numbers: positions of the inputs that the function reads as numbers. They are on the CPU in
-            a graph on a GPU, too, where each reading would wait for all that the GPU has to do.
-    """
-
-    def keep(function: _Function) -> _Function:
-        _direct[name.encode()] = function
-        _numbers[name.encode()] = frozenset(numbers)
-        return function
-
-    return keep
-
-
-#: Makes such functions of names that begin alike: the function, and which inputs are numbers.
-_families: dict[bytes, Callable[[str], tuple[Callable[..., Any], Iterable[int]]]] = {}
-
-
-def direct_family(
-    beginning: str, make: Callable[[str], tuple[Callable[..., Any], Iterable[int]]]
-) -> None:
-    """As :func:`direct`, for all operators whose names begin so.
-
-    Args:
-        make: of a name, the function and which of its inputs are numbers.
-    """
-    _families[beginning.encode()] = make
-
-
-def _find_direct(name: bytes) -> Callable[..., Any] | None:
-    function = _direct.get(name)
-    if function is not None:
-        return function
-    for beginning, make in _families.items():
-        if name.startswith(beginning):
-            function, numbers = make(name.decode())
-            return direct(name.decode(), numbers)(function)
-    return None
 
 
 def _run_direct(function: Callable[..., Any], pointers: Sequence[int | None]) -> Any:
@@ -327,8 +276,8 @@ def _drop(pointers: Iterable[int | None]) -> None:
 
 def _is_tensor_argument(name: bytes, overload: bytes, index: int, is_input: bool) -> bool:
     try:
-        if _find_direct(name) is not None:
-            return not (is_input and index in _numbers[name])
+        if direct.find(name) is not None:
+            return not (is_input and index in direct.numbers_of(name))
         op = _operator(name, overload)
         return op.are_tensors[index] if is_input else op.return_kinds[index] == "TensorType"
     except BaseException as error:
@@ -344,7 +293,7 @@ def _addresses(count: int) -> Any:
 
 def _results(name: bytes, overload: bytes, pointers: Sequence[int | None]) -> Any:
     try:
-        function = _find_direct(name)
+        function = direct.find(name)
         op = _operator(name, overload) if function is None else None
     except BaseException:
         _drop(pointers)

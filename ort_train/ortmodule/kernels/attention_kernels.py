@@ -14,7 +14,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ort_train.ortmodule.kernels.aten import BF16_SUFFIX, direct
+from ort_train.ortmodule.kernels.aten import BF16_SUFFIX
+from ort_train.ortmodule.kernels.direct import direct
 
 #: What the exporter writes, by whether there is a mask.
 OPERATORS = {False: "ort_train::attention", True: "ort_train::masked_attention"}

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ort_train.ortmodule.kernels.aten import direct
+from ort_train.ortmodule.kernels.direct import direct
 
 
 def _groups(offsets: torch.Tensor) -> list[tuple[int, int]]:

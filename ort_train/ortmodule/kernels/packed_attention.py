@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from ort_train.ortmodule.kernels import attention_kernels as kernels
-from ort_train.ortmodule.kernels.aten import BF16_SUFFIX, direct
+from ort_train.ortmodule.kernels.aten import BF16_SUFFIX
+from ort_train.ortmodule.kernels.direct import direct
 
 #: What padding.py writes in place of `attention_kernels.OPERATORS[True]`.
 OPERATOR = "ort_train::packed_attention"

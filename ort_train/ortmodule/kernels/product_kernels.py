@@ -14,7 +14,8 @@ import math
 import torch
 
 from ort_train.ortmodule.kernels import memory, onednn, rounded_weights
-from ort_train.ortmodule.kernels.aten import BF16_SUFFIX, direct
+from ort_train.ortmodule.kernels.aten import BF16_SUFFIX
+from ort_train.ortmodule.kernels.direct import direct
 
 ROUND = "ort_train::to_bf16"
 #: A product in bf16 is computed and widened in parts of so many entries, but so many rows at least,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ort_train.ortmodule.kernels import aten
+from ort_train.ortmodule.kernels.direct import direct_family
 
 _FORWARD, _BACKWARD = "torch ", "gradient of torch "
 
@@ -158,4 +158,4 @@ def _read(kind: str, run: Callable[..., Any], name: str) -> tuple[Callable[..., 
 
 
 for _kind, _run in ((_FORWARD, _forward), (_BACKWARD, _backward)):
-    aten.direct_family(_kind, functools.partial(_read, _kind, _run))
+    direct_family(_kind, functools.partial(_read, _kind, _run))

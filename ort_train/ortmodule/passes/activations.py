@@ -16,7 +16,8 @@ import torch
 from ort_train.ortmodule.export.exporter import exporter_module
 from ort_train.ortmodule.export.nodes import constant, sizes_of, typed
 from ort_train.ortmodule.graph import declare
-from ort_train.ortmodule.kernels.aten import aten_node, direct
+from ort_train.ortmodule.kernels.aten import aten_node
+from ort_train.ortmodule.kernels.direct import direct
 
 # --- The export
 

@@ -19,10 +19,10 @@ from ort_train.ortmodule.kernels import attention_kernels, packed_attention
 from ort_train.ortmodule.kernels.aten import (
     BF16_SUFFIX,
     aten_node,
-    direct,
     operator_name,
     rename_operator,
 )
+from ort_train.ortmodule.kernels.direct import direct
 from ort_train.ortmodule.passes import activations, output_gradients
 
 _MUL, _MASKED, _SUM_ROWS = "ort_train::mul", "ort_train::masked", "ort_train::sum_rows"

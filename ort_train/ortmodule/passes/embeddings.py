@@ -14,7 +14,8 @@ import torch
 
 from ort_train.ortmodule.graph import GraphIndex, declare
 from ort_train.ortmodule.kernels import memory
-from ort_train.ortmodule.kernels.aten import aten_node, direct, operator_name
+from ort_train.ortmodule.kernels.aten import aten_node, operator_name
+from ort_train.ortmodule.kernels.direct import direct
 
 _GRADIENT = "embedding_backward"
 _ADD_GRADIENT = "ort_train::add_embedding_gradient"

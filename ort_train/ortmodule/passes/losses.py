@@ -13,7 +13,8 @@ import torch
 
 from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.kernels import memory
-from ort_train.ortmodule.kernels.aten import BF16_SUFFIX, aten_node, direct
+from ort_train.ortmodule.kernels.aten import BF16_SUFFIX, aten_node
+from ort_train.ortmodule.kernels.direct import direct
 
 _FORWARD = "SoftmaxCrossEntropyLossInternal"
 _BACKWARD = "SoftmaxCrossEntropyLossInternalGrad"

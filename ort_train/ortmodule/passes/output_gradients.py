@@ -17,7 +17,8 @@ import torch
 
 from ort_train.ortmodule.graph import GraphIndex, declare
 from ort_train.ortmodule.kernels import memory
-from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN, aten_node, direct, operator_name
+from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN, aten_node, operator_name
+from ort_train.ortmodule.kernels.direct import direct
 
 ADD = "ort_train::sum_of_gradients"
 

@@ -28,7 +28,8 @@ from ort_train.ortmodule.export import layers_4bit
 from ort_train.ortmodule.export.nodes import aten, constant, sizes_of, typed
 from ort_train.ortmodule.graph import GraphIndex, attribute
 from ort_train.ortmodule.kernels import memory
-from ort_train.ortmodule.kernels.aten import aten_node, direct, operator_name
+from ort_train.ortmodule.kernels.aten import aten_node, operator_name
+from ort_train.ortmodule.kernels.direct import direct
 
 FORWARD = "ort_train::linear_4bit"
 #: Marks in the gradient graph where the gradient of a layer's input is wanted.
