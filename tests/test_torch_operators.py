@@ -123,6 +123,8 @@ FUNCTIONS: dict[str, Function] = {
     "nll": lambda x, y: F.nll_loss(x.log_softmax(-1).mT, y.argmax(-1)),
     "triplet": lambda x, y: F.triplet_margin_loss(x[:, 0], y[:, 0], x.detach()[:, 1]),
     "not differentiable in one": lambda x, y: F.soft_margin_loss(x, y.detach().sign()),
+    "masks": lambda x, y: x.masked_scatter(y > 0, y) * torch.bitwise_xor(x > 0, y > 0.1),
+    "step": lambda x, y: x * torch.signbit(y) + y.sgn(),
     # A number of the batch as an argument, lists of tensors, integers
     "topk of a size": lambda x, y: x.topk(x.shape[1] // 2, -1).values.sum(-1) * y[..., 0],
     "stacked": lambda x, y: torch.block_diag(x[0], y[0]),
@@ -185,6 +187,7 @@ def test_a_name_holds_the_call():
     call = Call(
         "aten::lerp.Tensor",
         [{"input": 0}, {"input": 1}, {"input": 2}],
+        [],
         [],
         [0, 1],
         0,

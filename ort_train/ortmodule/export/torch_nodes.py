@@ -102,9 +102,10 @@ def symbolic(g: Any, *values: Any) -> Any:
         raise unsupported(short, f"gradients of {len(floats)} results")
     trained = list(range(inputs.num_trained))
     call = Call(
-        f"aten::{short}.{overload._overloadname}",
+        overload.name(),
         arguments,
         inputs.numbers,
+        inputs.masks,
         trained if floats else [],
         floats[0] if floats and trained else None,
         list(zip(map(onnx_type, dtypes), sizes, strict=True)),
@@ -122,12 +123,14 @@ class _Inputs:
     Attributes:
         values: of the exporter's graph.
         numbers: places of those that are numbers rather than tensors.
+        masks: places of booleans.
         num_trained: how many of them, the first, have a gradient.
     """
 
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.numbers: list[int] = []
+        self.masks: list[int] = []
         self.num_trained = 0
         self._places: dict[tuple[str, bool], int] = {}
 
@@ -141,15 +144,18 @@ class _Inputs:
         """
         for item, exported in _items(original, value):
             is_number = kind != "TensorType"
-            has_gradient = not is_number and dtype_of(exported).is_floating_point
+            dtype = _dtype(item, exported)
+            has_gradient = not is_number and dtype.is_floating_point
             key = exported.debugName(), is_number
             if has_gradient != is_trained or key in self._places or _is_fixed(item, kind):
                 continue
-            self._places[key] = len(self.values)
+            place = self._places[key] = len(self.values)
             self.values.append(exported)
             self.num_trained += is_trained
             if is_number:
-                self.numbers.append(self._places[key])
+                self.numbers.append(place)
+            elif dtype is torch.bool:
+                self.masks.append(place)
 
     def argument(self, original: Any, value: Any, kind: str) -> Any:
         """As a call has it (torch_operators.Call)."""
@@ -161,6 +167,13 @@ class _Inputs:
             known = original.toIValue()
             return known.tolist() if isinstance(known, torch.Tensor) else known
         return {"input": self._places[value.debugName(), kind != "TensorType"]}
+
+
+def _dtype(original: Any, value: Any) -> torch.dtype:
+    """Of a tensor; the trace knows it, unless a pass of the exporter's has made it."""
+    kind = original.type()
+    dtype: torch.dtype | None = kind.dtype() if hasattr(kind, "dtype") else None
+    return dtype_of(value) if dtype is None else dtype
 
 
 def _items(original: Any, value: Any) -> list[tuple[Any, Any]]:

@@ -28,6 +28,7 @@ class Call:
         arguments: JSON values in the operator's order, {"input": i} in place of what is an input of
             the node, and lists of either.
         numbers: which inputs are numbers rather than tensors.
+        masks: which inputs are booleans, whom ONNX Runtime hands on as numbers of eight bits.
         trained: which inputs have a gradient.
         output: which result's gradient is known, as the others' are integers; None if none has one.
         results: of each, its onnx.TensorProto.DataType and its sizes: 1, or None for another.
@@ -36,6 +37,7 @@ class Call:
     operator: str
     arguments: list[Any]
     numbers: list[int]
+    masks: list[int]
     trained: list[int]
     output: int | None
     results: list[tuple[int, list[int | None]]]
@@ -114,25 +116,33 @@ def _filled(argument: Any, inputs: Sequence[Any]) -> Any:
 
 
 def _forward(call: Call, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    return _own(call.run(_numbered(call, inputs)), inputs)
+    return _own(call.run(_given(call, inputs)), inputs)
 
 
 def _backward(call: Call, gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
     assert call.output is not None
-    values = _numbered(call, inputs)
+    values = _given(call, inputs)
     with torch.enable_grad():
         for position in call.trained:
             values[position] = values[position].detach().requires_grad_()
         result = call.run(values)[call.output]
     trained = [values[position] for position in call.trained]
+    if not result.requires_grad:  # a step function of them
+        return tuple(map(torch.zeros_like, trained))
     gradients = torch.autograd.grad(
         result, trained, gradient, allow_unused=True, materialize_grads=True
     )
     return _own(gradients, (gradient, *inputs))
 
 
-def _numbered(call: Call, inputs: Sequence[Any]) -> list[Any]:
-    return [each.item() if i in call.numbers else each for i, each in enumerate(inputs)]
+def _given(call: Call, inputs: Sequence[Any]) -> list[Any]:
+    """The node's inputs as the operator takes them."""
+    values = list(inputs)
+    for place in call.numbers:
+        values[place] = values[place].item()
+    for place in call.masks:
+        values[place] = values[place].view(torch.bool)
+    return values
 
 
 def _own(results: Sequence[torch.Tensor], inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ort_train.ortmodule.graph import Dim, Shape, attribute, inputs_of
+from ort_train.ortmodule.graph import FLOATS, Dim, Shape, attribute, inputs_of
 from ort_train.ortmodule.kernels.aten import ATEN_DOMAIN
 from ort_train.ortmodule.sparse.rows import HEADS, SWAPPED, Plan, Role, RowSpace, indexed
 
 INT64, BOOL = 7, 9  # onnx.TensorProto
-_FLOATS = (1, 10, 11, 16)  # float, float16, double, bfloat16
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class Rewriter:
             packed = selection.packed_shape(shape, HEADS)
             return self.add("Transpose", [name], elem_type, packed, perm=SWAPPED)
         packed = selection.packed_shape(shape, role.rows)
-        if elem_type in _FLOATS:
+        if elem_type in FLOATS:
             inputs = [name, selection.rows, self.sizes(name, 0, role.rows)]
             return self.aten("pack_rows", inputs, elem_type, packed)
         # Nothing to differentiate here, and ONNX Runtime passes no booleans to torch.
@@ -186,11 +185,11 @@ class Rewriter:
         if num_axes == HEADS:
             self._unpack_heads(packed, name, selection)
             return
-        if elem_type not in _FLOATS:
+        if elem_type not in FLOATS:
             packed = self.add("Cast", [packed], 1, selection.packed_shape(shape, num_axes), to=1)
         grid = self._grid(selection.space, num_axes)
         inputs = [packed, selection.rows, grid]
-        if elem_type not in _FLOATS:
+        if elem_type not in FLOATS:
             full = self.aten("unpack_rows", inputs, 1, shape)
             self.add("Cast", [full], elem_type, shape, output=name, to=elem_type)
         elif name in self.index.outputs:  # whose type ONNX Runtime infers, and ATen has no rule
