@@ -144,10 +144,11 @@ class _Inputs:
         """
         for item, exported in _items(original, value):
             is_number = kind != "TensorType"
-            dtype = _dtype(item, exported)
-            has_gradient = not is_number and dtype.is_floating_point
             key = exported.debugName(), is_number
-            if has_gradient != is_trained or key in self._places or _is_fixed(item, kind):
+            if key in self._places or _is_fixed(item, kind):
+                continue
+            dtype = None if is_number else _dtype(item, exported)
+            if is_trained != (dtype is not None and dtype.is_floating_point):
                 continue
             place = self._places[key] = len(self.values)
             self.values.append(exported)
@@ -172,7 +173,7 @@ class _Inputs:
 def _dtype(original: Any, value: Any) -> torch.dtype:
     """Of a tensor; the trace knows it, unless a pass of the exporter's has made it."""
     kind = original.type()
-    dtype: torch.dtype | None = kind.dtype() if hasattr(kind, "dtype") else None
+    dtype: torch.dtype | None = kind.dtype() if kind.kind() == "TensorType" else None
     return dtype_of(value) if dtype is None else dtype
 
 

@@ -151,7 +151,10 @@ def _own(results: Sequence[torch.Tensor], inputs: Sequence[Any]) -> tuple[torch.
     taken = {_memory(each) for each in inputs if isinstance(each, torch.Tensor)}
     owned = []
     for result in results:
-        result = result.clone() if _memory(result) in taken else result
+        if result._is_zerotensor():  # autograd's zeros, which have no memory
+            result = torch.zeros(result.shape, dtype=result.dtype, device=result.device)
+        elif _memory(result) in taken:
+            result = result.clone()
         taken.add(_memory(result))
         owned.append(result)
     return tuple(owned)
