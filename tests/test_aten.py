@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ort_train import wrap
+from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.kernels import aten, direct
 
 _DOMAIN = "org.pytorch.aten"
@@ -359,3 +360,14 @@ def test_a_graph_on_a_gpu_has_numbers_on_the_cpu(operator: str, on_the_cpu: set[
     assert {index for index, answer in enumerate(answers) if not answer} == on_the_cpu
     assert ask(operator.encode(), b"", 0, False)
     aten.raise_pending()
+
+
+def test_an_error_of_torchs_is_told_without_onnx_runtimes():
+    try:
+        try:
+            raise RuntimeError("Non-zero status code returned while running ATen node")
+        except RuntimeError:
+            raise TypeError("lengths must be integral") from None
+    except TypeError as error:
+        told = str(explained(error, "backend 'ort' can't train Layers"))
+    assert told.startswith("backend 'ort' can't train Layers: lengths must be integral. Train it")

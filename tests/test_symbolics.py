@@ -119,6 +119,18 @@ def test_writes_in_place(function):
         pytest.param(lambda x: x % 0.3 + torch.fmod(x, x.detach().abs() + 0.2), id="remainders"),
         pytest.param(lambda x: torch.remainder(x, x.mean(1, keepdim=True)), id="both are trained"),
         pytest.param(lambda x: F.pad(x, (1, 2), mode="reflect"), id="reflecting padding"),
+        pytest.param(
+            lambda x: x * (torch.full((x.shape[1], 1), 5) // 2), id="full of a whole number"
+        ),
+        pytest.param(
+            lambda x: F.ctc_loss(
+                x.transpose(0, 1).log_softmax(-1),
+                torch.ones(x.shape[0], 2, dtype=torch.int64),
+                torch.full((x.shape[0],), 4),
+                torch.full((x.shape[0],), 2),
+            ),
+            id="ctc_loss",
+        ),
     ],
 )
 def test_operator(function):

@@ -42,11 +42,11 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
     """
     if isinstance(error, OrtTrainError):
         return error
-    links = list(_chain(error))
-    ours = next((link for link in links if isinstance(link, OrtTrainError)), None)
+    everything = _chain(error, with_suppressed=True)
+    ours = next((link for link in everything if isinstance(link, OrtTrainError)), None)
     if ours is not None:  # raised in the midst of an export, and wrapped by upstream
         return type(ours)(f"{who}: {ours}") if type(ours) is UnsupportedModelError else ours
-    text = "\n".join(map(str, links))
+    text = "\n".join(map(str, _chain(error)))
     if _UNREGISTERED in text:
         return UnsupportedModelError(
             f"{who}: its forward reads a tensor that requires a gradient and is neither a "
@@ -62,9 +62,12 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
     )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, what caused it, and what was being handled when it was raised, unless that was
-    suppressed (`raise ... from None`)."""
+def _chain(error: BaseException, with_suppressed: bool = False) -> Iterator[BaseException]:
+    """An error, what caused it, and what was being handled when it was raised.
+
+    Args:
+        with_suppressed: also where that was suppressed (`raise ... from None`).
+    """
     seen: set[int] = set()
     links: list[BaseException | None] = [error]
     while links:
@@ -72,7 +75,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         if link is not None and id(link) not in seen:
             seen.add(id(link))
             yield link
-            links += [link.__cause__, None if link.__suppress_context__ else link.__context__]
+            is_told = with_suppressed or not link.__suppress_context__
+            links += [link.__cause__, link.__context__ if is_told else None]
 
 
 def _summary(error: BaseException, text: str, operator: str | None) -> str:

@@ -54,6 +54,15 @@ def _repeat_interleave(
     return typed(output, self, [*sizes[:axis], size, *sizes[axis + 1 :]])
 
 
+def _full(g: Any, sizes: Any, value: Any, dtype: Any, *others: Any) -> Any:
+    """Of integers where the value is one: torch's own makes floats of it."""
+    if is_none(dtype):
+        made = next(g.original_node.outputs()).type().dtype()
+        kind = exporter_module("_type_utils").JitScalarType.from_dtype(made)
+        dtype = scalar(g, int(kind), torch.int64)
+    return exporter_module("symbolic_opset9").full(g, sizes, value, dtype, *others)
+
+
 def _pad(g: Any, self: Any, pad: Any, mode: Any, value: Any = None) -> Any:
     """ONNX Runtime has a gradient of constant padding alone."""
     if constant(mode, "s", "mode") in ("reflect", "replicate"):
@@ -173,6 +182,7 @@ def _index_put(g: Any, self: Any, indices: Any, values: Any, accumulate: Any = F
 #: By the name of the operator.
 SYMBOLICS: dict[str, Callable[..., Any]] = {
     "repeat_interleave": _repeat_interleave,
+    "full": _full,
     "pad": _pad,
     "unflatten": _unflatten,
     "split": _split,
