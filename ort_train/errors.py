@@ -70,7 +70,7 @@ class RankError(OrtTrainError, RuntimeError):
 
 
 class StoppedBySignal(OrtTrainError):
-    """The run was told to end early, and has saved a checkpoint to continue from."""
+    """The run was told to end early, and what it had done is saved, to continue from."""
 
     #: Of the process; not a code of the shell's, Python's or Slurm's. Job files requeue on it.
     EXIT_CODE = 85

@@ -68,7 +68,7 @@ def run(config: RunConfig) -> JobResult:
     from ort_train.distillation import load_distiller
     from ort_train.models import load_model
     from ort_train.roster import Roster
-    from ort_train.signals import StopOnSignal
+    from ort_train.signals import StopOnSignal, ending_at_once
 
     transformers_logging.set_verbosity_error()  # its hints are about code, not about this run
     transformers_logging.disable_progress_bar()  # the job has a bar of its own
@@ -106,7 +106,10 @@ def run(config: RunConfig) -> JobResult:
         with_deepspeed = zero.chosen(config.train.deepspeed) is not None
         checkpoints.verify(resume_from, model, distributed.world_size(), with_deepspeed)
 
-    record = _measure(config) if is_main and config.measure.baselines else None
+    record = None
+    if is_main and config.measure.baselines:
+        with ending_at_once():
+            record = _measure(config)
     trainer = _make_trainer(config, model, samples, record, distiller)
     way_out = f"Continue from the last checkpoint in {str(out)!r} with output.resume=auto"
     roster = Roster()

@@ -1,4 +1,5 @@
-"""Ending early, and losing nothing: a signal saves a checkpoint at the end of the current step.
+"""Ending early, and losing nothing: a signal saves a checkpoint at the end of the current step,
+before the first one it ends the job at once.
 
 Schedulers send one before they take a machine away: Slurm SIGUSR1 (`--signal=USR1@300`) and
 SIGTERM, Kubernetes SIGTERM. The job then ends with `StoppedBySignal.EXIT_CODE`, on which its job
@@ -7,8 +8,10 @@ file puts it back into the queue; `output.resume=auto` continues it.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -18,6 +21,29 @@ from transformers import TrainerCallback
 from ort_train.errors import StoppedBySignal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While there is nothing to save.
+
+    Raises:
+        StoppedBySignal: when a signal comes.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise StoppedBySignal(
+            f"{signal.Signals(number).name} ended the job before its first step: there is nothing "
+            "to save, start it again as it was"
+        )
+
+    is_main = threading.current_thread() is threading.main_thread()  # the only one Python allows
+    previous = {number: signal.signal(number, end) for number in SIGNALS} if is_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopOnSignal(TrainerCallback):

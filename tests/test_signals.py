@@ -98,6 +98,25 @@ def _started(launcher: str, folder: Path, *overrides: str) -> Iterator[subproces
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_baselines_are_measured_leaves_nothing_behind(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with _started("python", folder, "measure.baselines=[eager]", "measure.rounds=500") as process:
+        log = folder.with_suffix(".log")
+        _wait_until(lambda: "measuring" in log.read_text(), process, log)
+        job = psutil.Process(process.pid)
+        _wait_until(lambda: bool(job.children(recursive=True)), process, log)
+        workers = job.children(recursive=True)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == StoppedBySignal.EXIT_CODE, log.read_text()[-4000:]
+    assert f"{number.name} ended the job before its first step" in log.read_text()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
+    assert not list(folder.glob("checkpoint-*"))
+
+
 def _ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
     """The training processes below a launcher, by rank."""
     found = []

@@ -182,8 +182,9 @@ def take_turns(
 @contextlib.contextmanager
 def _tidying_on_sigterm() -> Iterator[None]:
     """SIGTERM ends this process by an exception, and so its workers and their files, too."""
-    if threading.current_thread() is not threading.main_thread():  # the only one Python allows
-        yield
+    is_main = threading.current_thread() is threading.main_thread()  # the only one Python allows
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # who has a handler of his own ends it by that
         return
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -189,7 +189,7 @@ def _single_entries(
 
 def _is_always_single(each: slice) -> bool:
     bounds = (each.start or 0, each.stop, each.step or 1)
-    return all(type(bound) is int for bound in bounds) and bounds[1] == bounds[0] + 1
+    return bounds == (-1, None, 1) or all(type(bound) is int for bound in bounds) and bounds[1] == bounds[0] + 1
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
