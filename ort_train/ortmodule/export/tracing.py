@@ -188,8 +188,11 @@ def _single_entries(
 
 
 def _is_always_single(each: slice) -> bool:
-    bounds = (each.start or 0, each.stop, each.step or 1)
-    return bounds == (-1, None, 1) or all(type(bound) is int for bound in bounds) and bounds[1] == bounds[0] + 1
+    """Whether it has one entry whatever the batch: [k : k + 1], or [-1:]."""
+    start, stop, step = each.start or 0, each.stop, each.step or 1
+    if type(start) is not int or type(step) is not int:
+        return False
+    return (stop is None and start == -1) or (type(stop) is int and stop == start + 1)
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
