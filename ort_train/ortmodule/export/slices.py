@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ort_train.ortmodule.graph import GraphIndex, attribute
+from ort_train.ortmodule.graph import GraphIndex, attribute, inputs_of
 
 _END = 2**63 - 1
 
@@ -23,16 +23,26 @@ def apply(graph: Any) -> None:
     """
     index = GraphIndex(graph)
     nodes: list[Any] = []
+    settings: set[str] = set()
     for node in graph.node:
         if node.op_type == "Slice" and _is_of_last_axis(node, index):
-            settings = [index.constant(name) for name in node.input[1:]]
-            nodes += _slice(node, *settings)
+            nodes += _slice(node, *[index.constant(name) for name in node.input[1:]])
         elif node.op_type == "Gather" and (entry := _entry_of_last_axis(node, index)) is not None:
             nodes += _entry(node, *entry)
         else:
             nodes.append(node)
+            continue
+        settings.update(node.input[1:])
+    # ONNX Runtime says on the terminal of each constant that nobody reads.
+    unsure = index.ancestors(*settings)
+    kept: list[Any] = []
+    read = set(index.outputs)
+    for node in reversed(nodes):
+        if unsure.isdisjoint(node.output) or not read.isdisjoint(node.output):
+            kept.append(node)
+            read.update(inputs_of(node))
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(reversed(kept))
 
 
 def _is_of_last_axis(node: Any, index: GraphIndex) -> bool:
