@@ -98,7 +98,8 @@ def _place() -> str:
 
 
 class _Indexing(TorchFunctionMode):
-    """Knows when a tensor is indexed, by what a trace follows though Python asks for its number.
+    """Knows when a tensor is indexed, by what a trace follows though Python asks for its number,
+    and what of slices and divisions is decided by a batch's sizes.
 
     A method in place of `Tensor.__getitem__` would make tensors sequences to `torch.tensor`.
     """
@@ -166,7 +167,8 @@ def _single_entries(
     Upstream takes their size for the one that it broadcasts to (see upstream.py, which knows of
     slices that have one entry in all batches).
     """
-    if not all(isinstance(each, slice | int) or each in (None, Ellipsis) for each in index):
+    plain = (slice, int, type(None), type(Ellipsis))  # not bool, and no tensor
+    if not all(type(each) in plain for each in index):
         return
     with _untraced():
         before, after = tuple(tensor.shape), tuple(result.shape)
@@ -189,10 +191,12 @@ def _single_entries(
 
 def _is_always_single(each: slice) -> bool:
     """Whether it has one entry whatever the batch: [k : k + 1], or [-1:]."""
-    start, stop, step = each.start or 0, each.stop, each.step or 1
-    if type(start) is not int or type(step) is not int:
-        return False
-    return (stop is None and start == -1) or (type(stop) is int and stop == start + 1)
+    start = 0 if each.start is None else each.start
+    if type(start) is not int or not (each.step is None or type(each.step) is int):
+        return False  # a size of the batch
+    if each.stop is None:
+        return start == -1
+    return type(each.stop) is int and each.stop == start + 1
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
