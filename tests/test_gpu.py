@@ -68,6 +68,28 @@ def test_whole_model(tiny_llama: MakeModel, precision: str) -> None:
     assert_as_eager(tiny_llama().cuda().train(), precision)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_operators_that_torch_runs(precision: str) -> None:
+    """With a number of the batch, a mask, and gradients of two inputs."""
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = torch.nn.Embedding(300, 16)
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            x = torch.nn.functional.elu(self.linear(self.embedding(input_ids)))
+            y = torch.hypot(x, x.cumsum(1)).masked_scatter(x > 0, x)
+            best = y.kthvalue(input_ids.shape[1] // 4, -1).values
+            loss = torch.nn.functional.huber_loss(y.amax(-1), best)
+            return CausalLMOutput(loss=loss)
+
+    assert_as_eager(Odd().cuda().train(), precision)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights(tiny_llama: MakeModel, dtype: torch.dtype) -> None:
     precision = "fp16" if dtype == torch.float16 else "bf16"
