@@ -51,7 +51,7 @@ MIXES_TOKENS = {
     **dict.fromkeys(["deepseek_v3", "glm4_moe_lite", "youtu"], "ScatterND"),  # interleaved rotary
     **dict.fromkeys(["lfm2", "squeezebert", "nystromformer"], "convolution"),
     **dict.fromkeys(["convbert", "longt5"], "Pad"),
-    # Each token's embedding beside its neighbours'. Which of the two nodes is told of depends on the
+    # Each token's embedding beside its neighbours'. Which of two nodes is told of depends on the
     # order of sets in upstream's shape inference.
     "mobilebert": "Slice|Pad",
     "gpt_oss": "max",
