@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -37,8 +37,15 @@ def ending_at_once() -> Iterator[None]:
             "to save, start it again as it was"
         )
 
+    with _handled_by(end):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """The signals call this function meanwhile."""
     is_main = threading.current_thread() is threading.main_thread()  # the only one Python allows
-    previous = {number: signal.signal(number, end) for number in SIGNALS} if is_main else {}
+    previous = {number: signal.signal(number, handle) for number in SIGNALS} if is_main else {}
     try:
         yield
     finally:
@@ -57,18 +64,14 @@ class StopOnSignal(TrainerCallback):
         self.received: str | None = None
         #: Whether training was ended for a signal, here or on another rank.
         self.stopped = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handled = contextlib.ExitStack()
 
     def __enter__(self) -> StopOnSignal:
-        if threading.current_thread() is threading.main_thread():  # the only one Python allows
-            for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
+        self._handled.enter_context(_handled_by(self._note))
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._handled.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

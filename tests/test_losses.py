@@ -14,7 +14,7 @@ from ort_train.ortmodule.passes import losses
 def run(name: str, *inputs: Any) -> Any:
     assert losses  # registers the functions
     with torch.no_grad():
-        return direct._direct[f"ort_train::{name}".encode()](*inputs)
+        return direct.find(f"ort_train::{name}".encode())(*inputs)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -253,7 +253,7 @@ def test_embedding_gradient_as_torchs(padding: int, by_frequency: bool):
     ids[0, :9] = 5
     grad = torch.randn(3, 50, 32, generator=generator)
     arguments = (grad, ids, 200, padding, by_frequency, False)
-    function = direct._direct[b"embedding_backward"]
+    function = direct.find(b"embedding_backward")
     found = function(*(torch.as_tensor(value) for value in arguments))
     # Added in the same order.
     assert torch.equal(found, torch.ops.aten.embedding_backward(*arguments))

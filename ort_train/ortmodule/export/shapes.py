@@ -42,10 +42,7 @@ def _repeat_interleave(
         axis = constant(dim, "i", "dim") % rank
     copies = g.op("Unsqueeze", self, ints(g, axis + 1))
     repeated = g.op("Concat", *[copies] * count, axis_i=axis + 1) if count > 1 else copies
-    shape = g.op("Shape", self)
-    kept = [g.op("Slice", shape, ints(g, a), ints(g, b)) for a, b in ((0, axis), (axis + 1, rank))]
-    merged = g.op("Concat", kept[0], ints(g, -1), kept[1], axis_i=0)
-    output = g.op("Reshape", repeated, merged)
+    output = g.op("Reshape", repeated, _shape_with(g, self, axis, rank, ints(g, -1)))
     sizes = sizes_of(self)
     if sizes is None:
         return output
@@ -74,14 +71,19 @@ def _unflatten(g: Any, self: Any, dim: Any, sizes: Any, names: Any = None) -> An
     """torch's own makes a shape of unknown length, which upstream's inference can't follow."""
     rank = rank_of(self, "unflatten")
     axis = constant(dim, "i", "dim") % rank
-    shape = g.op("Shape", self)
-    kept = [g.op("Slice", shape, ints(g, a), ints(g, b)) for a, b in ((0, axis), (axis + 1, rank))]
     helper = exporter_module("symbolic_helper")
     if helper._is_packed_list(sizes):  # of sizes of the batch
         between = [g.op("Reshape", each, ints(g, 1)) for each in helper._unpack_list(sizes)]
     else:
         between = [ints(g, *constant(sizes, "is", "sizes"))]
-    return g.op("Reshape", self, g.op("Concat", kept[0], *between, kept[1], axis_i=0))
+    return g.op("Reshape", self, _shape_with(g, self, axis, rank, *between))
+
+
+def _shape_with(g: Any, self: Any, axis: int, rank: int, *sizes: Any) -> Any:
+    """The shape of a tensor with other sizes in place of one axis's."""
+    shape = g.op("Shape", self)
+    kept = [g.op("Slice", shape, ints(g, a), ints(g, b)) for a, b in ((0, axis), (axis + 1, rank))]
+    return g.op("Concat", kept[0], *sizes, kept[1], axis_i=0)
 
 
 def _split(g: Any, self: Any, lengths: Any, dim: Any, _outputs: Any = None) -> Any:
@@ -124,7 +126,7 @@ def _cumsum(g: Any, self: Any, dim: Any, dtype: Any = None) -> Any:
     if not is_none(dtype):
         result_type = exporter_module("_type_utils").JitScalarType(constant(dtype, "i", "dtype"))
         self = g.op("Cast", self, to_i=result_type.onnx_type())
-    elif not dtype_of(self).is_floating_point:
+    else:
         self = g.op("Cast", self, to_i=onnx_type(torch.int64))
     return g.op("CumSum", self, scalar(g, constant(dim, "i", "dim"), torch.int64))
 

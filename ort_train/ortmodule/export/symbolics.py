@@ -216,14 +216,6 @@ def _remainder(g: Any, self: Any, other: Any) -> Any:
     return g.op("Sub", self, g.op("Mul", other, whole))
 
 
-@_symbolic("nll_loss_nd", "nll_loss2d")
-def _nll_loss(
-    g: Any, self: Any, target: Any, weight: Any, reduction: Any, ignore_index: Any
-) -> Any:
-    """Upstream's node has no gradient."""
-    return torch_nodes.symbolic(g, self, target, weight, reduction, ignore_index)
-
-
 @_symbolic("einsum")
 def _einsum(g: Any, equation: Any, tensors: Any, path: Any = None) -> Any:
     """With "..." written out: upstream leaves such an equation to Einsum, which has no gradient."""

@@ -29,12 +29,13 @@ UNDIFFERENTIABLE = (
     "frobenius_norm", "grid_sampler", "group_norm", "hardshrink", "hardsigmoid", "hardswish",
     "index_copy", "index_fill", "instance_norm", "linalg_cross", "linalg_det", "linalg_norm",
     "linalg_vector_norm", "log_sigmoid", "logsumexp", "max_pool1d_with_indices",
-    "max_pool2d_with_indices", "max_pool3d", "max_pool3d_with_indices", "mish", "mv", "norm",
-    "outer", "pixel_shuffle", "pixel_unshuffle", "prelu", "prod", "reflection_pad1d",
-    "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
-    "replication_pad3d", "scatter_reduce", "selu", "sinh", "softshrink", "softsign", "tan",
-    "tensordot", "threshold", "tile", "upsample_bilinear2d", "upsample_linear1d",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_trilinear3d",
+    "max_pool2d_with_indices", "max_pool3d", "max_pool3d_with_indices", "mish", "mv",
+    "nll_loss2d", "nll_loss_nd", "norm", "outer", "pixel_shuffle", "pixel_unshuffle", "prelu",
+    "prod", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d", "scatter_reduce", "selu", "sinh", "softshrink",
+    "softsign", "tan", "tensordot", "threshold", "tile", "upsample_bilinear2d",
+    "upsample_linear1d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_trilinear3d",
 )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Functions of ours that ATen nodes run without torch's dispatcher, by the operator's name."""
+"""Functions of ours that ATen nodes run without torch's dispatcher, which costs more than a small
+product: tensors in, a tensor or a tuple of them out."""
 
 from __future__ import annotations
 
@@ -7,8 +8,7 @@ from typing import Any, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-#: Functions of ours that an ATen node runs without torch's dispatcher, which costs more than a
-#: small product: tensors in, a tensor or a tuple of them out.
+#: By the operator's name.
 _direct: dict[bytes, Callable[..., Any]] = {}
 #: Which of their inputs are numbers.
 _numbers: dict[bytes, frozenset[int]] = {}
