@@ -100,8 +100,14 @@ def accumulation_steps(
     return steps
 
 
+#: Where MPI's launchers, mpirun and srun among them, say how many processes they started.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
 def check_launch() -> None:
     """Refuse an environment that only half says that this process is one of several ranks.
+
+    Each of several processes would train alone, or the only one of them less than it was asked to.
 
     Raises:
         RankError: naming the variables.
@@ -115,6 +121,8 @@ def check_launch() -> None:
                 f"{name} is {os.environ[name]!r} in the environment, where a launcher sets a "
                 "number: unset it, or launch with torchrun or deepspeed"
             ) from None
+    if "WORLD_SIZE" not in os.environ:
+        _check_other_launchers()
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if world_size() > 1 and missing:
@@ -127,6 +135,22 @@ def check_launch() -> None:
         raise RankError(
             f"RANK is {rank()} in the environment, but WORLD_SIZE {world_size()}: launch with "
             "torchrun or deepspeed, or unset RANK to train in one process"
+        )
+
+
+def _check_other_launchers() -> None:
+    for name in _MPI_SIZES:
+        if os.environ.get(name, "1") != "1":
+            raise RankError(
+                f"{name} is {os.environ[name]} in the environment, so MPI started several "
+                "processes, which wouldn't know of one another: have it start one on each machine, "
+                "torchrun or deepspeed, which start the ranks there"
+            )
+    # It sets the port for several processes alone, and on a CPU starts one of them.
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
+        raise RankError(
+            "`accelerate launch --cpu` starts one process, whatever --num_processes says: use "
+            "`torchrun --nproc_per_node N`, or leave --num_processes out to train in one"
         )
 
 

@@ -19,7 +19,10 @@ from ort_train.cli import main
 pytestmark = pytest.mark.usefixtures("shared_graphs")
 
 ROOT = Path(__file__).parents[1]
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE", "ACCELERATE_USE_CPU",
+)  # fmt: skip
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node", "2"],
     "deepspeed": ["deepspeed", "--num_accelerators", "2"],
@@ -45,6 +48,11 @@ def test_only_the_first_rank_is_the_main_process(monkeypatch: pytest.MonkeyPatch
             "but LOCAL_RANK is not set: launch with torchrun",
         ),
         ({"RANK": "1"}, "RANK is 1 in the environment, but WORLD_SIZE 1"),
+        ({"PMI_SIZE": "4"}, "PMI_SIZE is 4 in the environment, so MPI started several processes"),
+        (
+            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "starts one process, whatever --num_processes says",
+        ),
     ],
 )
 def test_half_a_launch_is_refused_before_work(
@@ -65,7 +73,14 @@ def test_half_a_launch_is_refused_before_work(
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"LOCAL_RANK": "-1"}, dict.fromkeys(("RANK", "LOCAL_RANK"), "0")]
+    "values",
+    [
+        {},
+        {"LOCAL_RANK": "-1"},
+        dict.fromkeys(("RANK", "LOCAL_RANK"), "0"),
+        {"PMI_SIZE": "1", "ACCELERATE_USE_CPU": "True"},
+        {"PMI_SIZE": "2", "WORLD_SIZE": "1"},  # MPI started torchrun
+    ],
 )
 def test_one_process_is_a_launch(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
     for name in LAUNCH_VARIABLES:

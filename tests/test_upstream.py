@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +156,27 @@ def test_a_step_writes_nothing_to_the_terminal():
     assert done.returncode == 0
     assert done.stdout == "before\nafter\n"
     assert done.stderr == ""
+
+
+def test_the_graph_is_the_same_in_each_process():
+    """Whatever order Python gives sets of names there."""
+    probe = f"""
+        import hashlib, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from architectures import find, make_batch, make_model
+        from trained_graphs import manager_of
+        from ort_train import OrtOptions, wrap
+        for model_type in ("bloom", "bart"):
+            architecture = find(model_type)
+            model = wrap(make_model(architecture), "ort", options=OrtOptions(export_cache=False))
+            model(**make_batch(architecture, 2, 12, seed=0)).loss.backward()
+            graph = manager_of(model)._onnx_models.optimized_model
+            print(hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest())
+        """
+    runs = [run_python(probe, PYTHONHASHSEED=seed) for seed in ("0", "1", "2")]
+    hashes = [run.stdout.split() for run in runs]
+    assert len(hashes[0]) == 2, runs[0].stderr
+    assert hashes[0] == hashes[1] == hashes[2]
 
 
 def test_streams_without_a_descriptor():

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -341,6 +341,27 @@ def _with_single_entries(infer_slice: Callable[..., None]) -> Callable[..., None
     return infer
 
 
+class _OrderedSet(dict[Any, None]):
+    """What shape inference needs of a set, iterated in order of insertion.
+
+    Upstream walks sets of names to choose which of two equal sizes keeps its name
+    (`symbolic_shape_infer.py`, `_add_suggested_merge`, `_merge_symbols` and `_infer_impl`). Python
+    orders those by a seed of each process, so two runs of one model got two graphs.
+    """
+
+    def __init__(self, items: Iterable[Any] = ()):
+        super().__init__(dict.fromkeys(items))
+
+    def add(self, item: Any) -> None:
+        self[item] = None
+
+    def remove(self, item: Any) -> None:
+        del self[item]
+
+    def update(self, items: Iterable[Any]) -> None:  # type: ignore[override]
+        super().update(dict.fromkeys(items))
+
+
 def _as_list(value: Any) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -382,6 +403,7 @@ def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Itera
             __init__=_with_shapes_of_torch(inference.__init__),
             _infer_Slice=_with_single_entries(inference._infer_Slice),
         ),
+        replaced(sys.modules[inference.__module__], set=_OrderedSet),
         replaced(upstream_logger, _suppress_os_stream_output=output_to_file),
         functions.as_python_ops() if options.compiled_extensions else functions.refused(),
         replaced(
