@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ort_train import OrtOptions
 from ort_train.errors import BackendUnavailableError
 from ort_train.ortmodule import upstream
 
@@ -299,3 +301,19 @@ def test_an_export_needs_no_second_model() -> None:
     )
     # The model has 192 MiB; it was 193 before, and is 11.
     assert float(output.stdout.split()[-1]) < 96
+
+
+def test_threads_export_one_after_the_other():
+    """What an export replaces in torch belongs to the process."""
+    entered = threading.Event()
+
+    def export() -> None:
+        with upstream.export_scope(OrtOptions(), lambda model: None):
+            entered.set()
+
+    other = threading.Thread(target=export)
+    with upstream.export_scope(OrtOptions(), lambda model: None):
+        other.start()
+        assert not entered.wait(0.5)
+    other.join()
+    assert entered.is_set()

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -367,14 +368,26 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+#: What an export replaces belongs to the process, so threads export one after the other.
+_exporting = threading.RLock()
+
+
 @contextlib.contextmanager
 def export_scope(options: OrtOptions, transform: Callable[[Any], None]) -> Iterator[None]:
     """Everything that construction and export of one ORTModule need, taken back at the end.
+
+    A thread waits here while another one exports.
 
     Args:
         transform: changes the exported onnx.ModelProto, whose shapes are inferred, in place,
             before its gradient is built.
     """
+    with _exporting, _patched(options, transform):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(options: OrtOptions, transform: Callable[[Any], None]) -> Iterator[None]:
     load()
     transition = importlib.import_module("onnxruntime.training.ortmodule._graph_transition_manager")
     upstream_logger = importlib.import_module("onnxruntime.training.ortmodule._logger")
