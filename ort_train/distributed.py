@@ -100,7 +100,7 @@ def accumulation_steps(
     return steps
 
 
-#: Where MPI's launchers, mpirun and srun among them, say how many processes they started.
+#: Where MPI's launchers, mpirun and, with PMI-2, srun, say how many processes they started.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("shared_graphs")
 ROOT = Path(__file__).parents[1]
 LAUNCH_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
-    "OMPI_COMM_WORLD_SIZE", "ACCELERATE_USE_CPU",
+    "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "ACCELERATE_USE_CPU",
 )  # fmt: skip
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node", "2"],
