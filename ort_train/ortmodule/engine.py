@@ -19,7 +19,7 @@ from ort_train.ortmodule import upstream
 from ort_train.ortmodule.cache import cached_graph, export_cache, trace_key
 from ort_train.ortmodule.cache.described import UndescribableError
 from ort_train.ortmodule.call import CallSchema
-from ort_train.ortmodule.constants import Constants, PlainAttributes
+from ort_train.ortmodule.constants import Constants
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.export import (
     attention,
@@ -44,6 +44,7 @@ from ort_train.ortmodule.module_state import ModuleState
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.ort_module import construct, recomputes
 from ort_train.ortmodule.passes import embeddings, graph_passes, products, quantized
+from ort_train.ortmodule.read_values import ReadValues
 from ort_train.ortmodule.sparse import sparsity
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ class Engine:
                 options = replace(options, recompute="layerwise")
                 logger.info("gradient checkpointing is on: ONNX Runtime recomputes layer by layer")
             rng_state = torch.get_rng_state()
-            attributes = PlainAttributes(module)
+            values = ReadValues(module, self._graph_module.module_forward)
             with upstream.export_scope(options, self._transform), quiet_exporter():
                 with training_flags_kept(module):  # upstream's constructor calls train()
                     self._ort_module = construct(self._graph_module, options, self._is_on_cpu)
@@ -218,7 +219,7 @@ class Engine:
                 self._seed()
                 try:
                     with (
-                        self._cached(key, options, started, attributes),
+                        self._cached(key, options, started, values),
                         self._export_scope(options, named.values()),
                     ):
                         outputs = self._ort_module(**named)
@@ -228,7 +229,7 @@ class Engine:
                     who = f"backend 'ort' can't train {type(module).__name__}"
                     raise explained(error, who) from error
         self._note_randomness(recomputes(options), rng_state)
-        self._note_constants(attributes)
+        self._note_constants(values)
         self.build_s = time.perf_counter() - started
         if self.saved_s is None:
             logger.info("built a training graph for %s in %.1f s", self._name, self.build_s)
@@ -289,13 +290,13 @@ class Engine:
         if self._is_stochastic:
             self._draw_seed()
 
-    def _note_constants(self, attributes: PlainAttributes) -> None:
+    def _note_constants(self, values: ReadValues) -> None:
         transition = self._training_manager._graph_transition_manager
         graph_inputs = set(transition._exported_model_info.onnx_graph_input_names)
         buffers = dict(self._graph_module.module.named_buffers())
         self._buffer_names = tuple(n for n in buffers if MODULE_PREFIX + n in graph_inputs)
         constant = {name: b for name, b in buffers.items() if name not in self._buffer_names}
-        self._constants = Constants(attributes, constant)
+        self._constants = Constants(values, constant)
 
     @property
     def _name(self) -> str:
@@ -323,7 +324,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _cached(
-        self, key: str | None, options: OrtOptions, started: float, attributes: PlainAttributes
+        self, key: str | None, options: OrtOptions, started: float, values: ReadValues
     ) -> Iterator[None]:
         """A first step meanwhile takes its graph from the cache, or puts it there."""
         if key is None:
@@ -349,10 +350,10 @@ class Engine:
                 return
             with cached_graph.optimized_once(manager, is_usable and can_optimize):
                 yield
-            if is_usable and (written := attributes.changed()) is not None:
+            if is_usable and (written := values.changed()) is not None:
                 # Without a trace it would keep its value, and change in the next call in eval mode.
                 logger.info(
-                    "the training graph of %s isn't cached: its forward writes attribute %r",
+                    "the training graph of %s isn't cached: its forward writes %s",
                     self._name,
                     written,
                 )

@@ -132,9 +132,10 @@ class OrtForward:
             self._num_stale += 1
             if self._num_stale >= self.options.max_graphs:
                 raise UnsupportedModelError(
-                    f"{changed} of {type(module).__name__} is constant in a graph, and changed "
-                    f"{self._num_stale} times (limit max_graphs): make it a buffer with "
-                    "persistent=True, or an argument of forward that is a tensor"
+                    f"{changed}, which the forward of {type(module).__name__} may read, is "
+                    f"constant in a graph, and changed {self._num_stale} times (limit "
+                    "max_graphs): make it a buffer with persistent=True, or an argument of forward "
+                    "that is a tensor"
                 )
             logger.info("%s has changed: its training graph is built anew", changed)
             engine = None

@@ -43,3 +43,15 @@ def global_names(code: types.CodeType) -> tuple[str, ...]:
         if isinstance(constant, types.CodeType):
             found.update(dict.fromkeys(global_names(constant)))
     return tuple(found)
+
+
+@functools.cache
+def words(code: types.CodeType) -> tuple[str, ...]:
+    """Strings in code, and in the code within it, that could be names, as `getattr` takes them."""
+    found: dict[str, None] = {}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found.update(dict.fromkeys(words(constant)))
+        elif isinstance(constant, str) and constant.isidentifier():
+            found[constant] = None
+    return tuple(found)

@@ -29,6 +29,7 @@ import torch
 
 from ort_train.ortmodule.cache import bytecode
 from ort_train.ortmodule.cache.packages import FOLLOWED, KNOWN, PURE, is_installed, package
+from ort_train.ortmodule.known_tensor import digest
 
 
 class UndescribableError(Exception):
@@ -374,9 +375,7 @@ def tensor_token(tensor: torch.Tensor, where: str) -> str:
         raise UndescribableError(f"{where} is a {type(tensor).__qualname__}, not a plain tensor")
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
         raise UndescribableError(f"{where} is a tensor on {tensor.device}, {tensor.layout}")
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(values).hexdigest()
-    return f"{tensor_kind(tensor)} {digest}"
+    return f"{tensor_kind(tensor)} {digest(tensor)}"
 
 
 def tensor_kind(tensor: torch.Tensor) -> str:

@@ -34,3 +34,15 @@ def is_installed(top: str) -> bool:
     """Whether a package lies where pip puts it, and not in a folder of the user's."""
     file = getattr(sys.modules.get(top), "__file__", None) or ""
     return any(file.startswith(f"{sysconfig.get_path(kind)}/") for kind in ("purelib", "platlib"))
+
+
+def is_known(name: str) -> bool:
+    """Whether a module is torch's, Python's, or of another package that is known by its version."""
+    top = package(name)
+    return top in KNOWN or top in sys.stdlib_module_names
+
+
+def is_of_the_user(name: str) -> bool:
+    """Whether a module is no library's."""
+    top = package(name)
+    return not (is_known(name) or top in FOLLOWED or is_installed(top))
