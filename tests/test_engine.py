@@ -534,6 +534,9 @@ def test_other_dtype_is_followed_or_refused(tiny_llama: MakeModel):
     model.to(torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="bfloat16"):
         model(**batch())
+    model.to(torch.float64)
+    with pytest.raises(UnsupportedModelError, match=r"float64.*module\.float\(\)"):
+        model(**batch())
     model.to(torch.float32)
     assert_as_eager(model, **batch())
 

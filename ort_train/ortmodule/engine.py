@@ -227,7 +227,8 @@ class Engine:
                     self._ort_module = None
                     torch.set_rng_state(rng_state)
                     who = f"backend 'ort' can't train {type(module).__name__}"
-                    raise explained(error, who) from error
+                    types = {parameter.dtype for parameter in module.parameters()}
+                    raise explained(error, who, torch.float64 in types) from error
         self._note_randomness(recomputes(options), rng_state)
         self._note_constants(values)
         self.build_s = time.perf_counter() - started

@@ -29,16 +29,19 @@ _NOISE = re.compile(
     r"^.*?\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ .*? was false\. ", re.DOTALL
 )
 _LONGEST = 300
+#: onnxruntime/core/framework/session_state.cc
+_NO_KERNEL = "Could not find an implementation for"
 #: torch/csrc/jit/frontend/tracer.cpp
 _UNREGISTERED = "Cannot insert a Tensor that requires grad as a constant"
 
 
-def explained(error: BaseException, who: str) -> OrtTrainError:
+def explained(error: BaseException, who: str, is_float64: bool = False) -> OrtTrainError:
     """The error that a user gets where a module can't be exported, differentiated or run.
 
     Args:
         error: what was raised; to be chained with `raise ... from error`, which keeps all of it.
         who: the subject and predicate, "backend 'ort' can't train LlamaForCausalLM".
+        is_float64: whether the module has parameters of that type.
     """
     if isinstance(error, OrtTrainError):
         return error
@@ -52,6 +55,11 @@ def explained(error: BaseException, who: str) -> OrtTrainError:
             f"{who}: its forward reads a tensor that requires a gradient and is neither a "
             "parameter nor an argument, so no graph can train it: make it an nn.Parameter, "
             "register the module that has it as a submodule, or detach it"
+        )
+    if is_float64 and _NO_KERNEL in text:
+        return UnsupportedModelError(
+            f"{who}: its parameters are float64, and ONNX Runtime has no kernels of that type for "
+            "it: call module.float(), or train it with backend='compile' or 'eager'"
         )
     operator = next((m["op"] for p in _OPERATOR_PATTERNS if (m := p.search(text))), None)
     what = f"operator {operator}: " if operator else ""
