@@ -20,8 +20,8 @@ from trained_graphs import forward_of
 
 from ort_train import OrtOptions, unwrap, wrap
 from ort_train.errors import UnsupportedModelError
-from ort_train.ortmodule.known_tensor import KnownTensor
-from ort_train.ortmodule.read_values import ReadValues
+from ort_train.ortmodule.constants.known_tensor import KnownTensor
+from ort_train.ortmodule.constants.read_values import ReadValues
 
 MakeModel = Callable[..., Any]
 X = torch.linspace(-1, 1, 12).reshape(4, 3)

@@ -19,7 +19,8 @@ from ort_train.ortmodule import upstream
 from ort_train.ortmodule.cache import cached_graph, export_cache, trace_key
 from ort_train.ortmodule.cache.described import UndescribableError
 from ort_train.ortmodule.call import CallSchema
-from ort_train.ortmodule.constants import Constants
+from ort_train.ortmodule.constants.constants import Constants
+from ort_train.ortmodule.constants.read_values import ReadValues
 from ort_train.ortmodule.explain import explained
 from ort_train.ortmodule.export import (
     attention,
@@ -44,7 +45,6 @@ from ort_train.ortmodule.module_state import ModuleState
 from ort_train.ortmodule.options import OrtOptions
 from ort_train.ortmodule.ort_module import construct, recomputes
 from ort_train.ortmodule.passes import embeddings, graph_passes, products, quantized
-from ort_train.ortmodule.read_values import ReadValues
 from ort_train.ortmodule.sparse import sparsity
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ import torch
 
 from ort_train.ortmodule.cache import bytecode
 from ort_train.ortmodule.cache.packages import FOLLOWED, KNOWN, PURE, is_installed, package
-from ort_train.ortmodule.known_tensor import digest
+from ort_train.ortmodule.constants.known_tensor import digest
 
 
 class UndescribableError(Exception):

@@ -11,9 +11,9 @@ import torch
 
 from ort_train.errors import UnsupportedModelError
 from ort_train.ortmodule.call import CallSchema, ResultSchema, describe_result
+from ort_train.ortmodule.constants.known_tensor import same_values
 from ort_train.ortmodule.decisions import Decisions
 from ort_train.ortmodule.export import layers_4bit, tracing
-from ort_train.ortmodule.known_tensor import same_values
 
 #: Before the name of a parameter or buffer in the graph: ORTModule's own wrapper, and ours
 #: (`GraphModule.module`).

@@ -1,15 +1,12 @@
-"""The values that a forward may read beside parameters and buffers, and whether they have changed.
+"""A walk through all values that a forward may read beside parameters and buffers.
 
 They are attributes of modules, configs, other objects and classes, entries of lists and
 dictionaries, closures, and globals of the user's own code. A trace makes constants of them all. The
 plain ones of modules and configs count always; objects, functions and classes where code that the
 forward reaches names them (reached_code.py).
 
-They are looked at before every step, so where everything lies is kept in flat lists and compared in
-loops that run in C. Only what these can't tell from a change is looked at again, path by path.
-
-Not seen are attributes that the forward itself writes, entries of containers with more than
-`_MAX_ENTRIES`, globals of libraries, and what objects keep outside of Python.
+Not seen are entries of containers with more than `_MAX_ENTRIES`, globals of libraries, and what
+objects keep outside of Python.
 """
 
 from __future__ import annotations
@@ -20,15 +17,19 @@ import itertools
 import operator
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ort_train.ortmodule.cache.packages import is_known, is_of_the_user
-from ort_train.ortmodule.known_tensor import KnownTensor
-from ort_train.ortmodule.reached_code import ReachedCode, content, functions_of, global_names
+from ort_train.ortmodule.constants.reached_code import (
+    ReachedCode,
+    content,
+    functions_of,
+    global_names,
+)
 
 _PLAIN = (
     int, float, complex, bool, str, bytes, type(None), type(...), range, slice, enum.Enum,
@@ -39,8 +40,9 @@ _CONTAINERS = (dict, types.MappingProxyType, list, tuple, deque)
 _MAX_ENTRIES = 1024
 #: Larger arrays are data: they have no version as tensors have, and are compared at every step.
 _MAX_ARRAY_BYTES = 2**16
-_GONE = object()
-_GLOBAL = "global "
+#: Before the path of a global.
+GLOBAL = "global "
+_NOTHING = object()
 #: torch's own of every module (`training` is in a graph's key), and transformers' that change in
 #: training and change no number: a training graph never has a cache.
 _NOT_OF_THE_FORWARD = frozenset((*torch.nn.Module().__dict__, "use_cache", "warnings_issued"))
@@ -52,58 +54,7 @@ _WRITTEN_BY_SAVING = frozenset(
 )
 
 
-class ReadValues:
-    """What a module's forward may read, as it was.
-
-    Args:
-        module: whose parts are looked at.
-        forward: the module's own.
-    """
-
-    def __init__(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
-        self._module = module
-        self._forward = forward
-        self._code = ReachedCode()
-        self._left_out: set[str] = set()
-        self._known: dict[str, Any] = {}
-        self._take(self._look())
-
-    def forget_changed(self) -> None:
-        """Leave out, from now on, what isn't what it was: the forward itself writes it."""
-        self._left_out.update(self._differing(self._look()))
-        self._take(self._look())
-
-    def changed(self) -> str | None:
-        """One that isn't what it was, in words, or None."""
-        if self._quick.is_untouched():
-            return None
-        look = self._look()
-        for path in self._differing(look):
-            is_global = path.startswith(_GLOBAL)
-            return f"global {path.removeprefix(_GLOBAL)!r}" if is_global else f"attribute {path!r}"
-        if new := look.leaves.keys() - self._known.keys():
-            self._left_out |= new
-            look = self._look()
-        self._take(look)
-        return None
-
-    def _look(self) -> _Look:
-        return _Look(self._module, self._forward, self._code, self._left_out)
-
-    def _take(self, look: _Look) -> None:
-        before = self._known
-        self._known = {path: _known(leaf, before.get(path)) for path, leaf in look.leaves.items()}
-        self._quick = _Quick(look, self._known)
-
-    def _differing(self, look: _Look) -> Iterator[str]:
-        """Paths of what is another, is gone, or is new and named by code."""
-        for path, known in self._known.items():
-            if not _is_same(look.leaves.get(path, _GONE), known):
-                yield path
-        yield from (path for path in look.leaves if path in look.named and path not in self._known)
-
-
-class _Holder(NamedTuple):
+class Holder(NamedTuple):
     """Something that holds values, and those that were taken from it."""
 
     take: Callable[[Any], tuple[Any, ...]]
@@ -111,13 +62,13 @@ class _Holder(NamedTuple):
     values: tuple[Any, ...]
 
     @classmethod
-    def of(cls, getter: type, held: Any, names: list[Any]) -> _Holder:
+    def of(cls, getter: type, held: Any, names: list[Any]) -> Holder:
         """Of names, by operator.itemgetter or operator.attrgetter."""
         take = getter(*names, names[0])  # for two at least, a getter returns a tuple
         return cls(take, held, take(held))
 
 
-class _Look:
+class Walk:
     """All that counts, found in one walk.
 
     Attributes:
@@ -152,7 +103,7 @@ class _Look:
     def _walk(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         self.leaves: dict[str, Any] = {}
         self.named: set[str] = set()
-        self.holders: list[_Holder] = []
+        self.holders: list[Holder] = []
         self.sized: list[Any] = []
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.compared: list[tuple[Callable[[Any], Any], Any]] = []
@@ -190,7 +141,7 @@ class _Look:
             self._met.add(id(value))
             if isinstance(value, types.MethodType):
                 self._add(f"{path}.__self__", value.__self__, True)
-            elif isinstance(value, _CONTAINERS):
+            elif _is_container(value):
                 self._entries(path, value, is_named)
             else:
                 self._object(path, value)
@@ -200,13 +151,13 @@ class _Look:
         if path in self._left_out:
             return False
         leaf = self._leaf(path, value, is_named)
-        if leaf is _GONE:
+        if leaf is _NOTHING:
             return False
         self.leaves[path] = leaf
         return True
 
     def _leaf(self, path: str, value: Any, is_named: bool) -> Any:
-        """What there is to be known of a value; `_GONE` where it doesn't count."""
+        """What there is to be known of a value; `_NOTHING` where it doesn't count."""
         if isinstance(value, _PLAIN):
             return value
         if (name := self._state.get(id(value))) is not None:
@@ -226,12 +177,12 @@ class _Look:
                 return type(value)
             self.compared.append((frozenset, value))
             return frozenset(value)
-        if isinstance(value, _CONTAINERS):
+        if _is_container(value):
             if len(value) <= _MAX_ENTRIES:
                 self._waiting.append((path, value, is_named))
             return type(value), len(value)
         if not (is_named or _is_config(path)):
-            return _GONE
+            return _NOTHING
         if isinstance(value, type) or any(True for _ in functions_of(value)):
             self._code.add([value])
             if isinstance(value, types.MethodType):
@@ -246,11 +197,11 @@ class _Look:
         ):
             self._waiting.append((path, value, is_named))
             return type(value)
-        return value if callable(value) else _GONE
+        return value if callable(value) else _NOTHING
 
     def _hold(self, getter: type, held: Any, names: list[Any], is_growing: bool) -> None:
         if names:
-            self.holders.append(_Holder.of(getter, held, names))
+            self.holders.append(Holder.of(getter, held, names))
         if is_growing:
             self.sized.append(held)
 
@@ -326,53 +277,16 @@ class _Look:
         names = [
             name
             for name in global_names(function)
-            if self._add(f"{_GLOBAL}{function.__module__}.{name}", function.__globals__[name], True)
+            if self._add(f"{GLOBAL}{function.__module__}.{name}", function.__globals__[name], True)
         ]
         self._hold(operator.itemgetter, function.__globals__, names, is_growing=False)
 
 
-class _Quick:
-    """A look that says quickly whether anything may have changed since."""
-
-    def __init__(self, look: _Look, known: dict[str, Any]) -> None:
-        self._holders = [(take, held) for take, held, _ in look.holders]
-        self._values = [value for holder in look.holders for value in holder.values]
-        self._sized = look.sized
-        self._sizes = list(map(len, look.sized))
-        self._tensors = [(tensor, known[path]) for path, tensor in look.tensors]
-        self._compared = [(value_of, held, value_of(held)) for value_of, held in look.compared]
-
-    def is_untouched(self) -> bool:
-        """False for some that are unchanged, too."""
-        try:
-            found = [take(held) for take, held in self._holders]
-        except (AttributeError, IndexError, KeyError, ValueError):
-            return False
-        return (
-            all(map(operator.is_, itertools.chain.from_iterable(found), self._values))
-            and list(map(len, self._sized)) == self._sizes
-            and all(known.is_untouched(tensor) for tensor, known in self._tensors)
-            and all(value_of(held) == value for value_of, held, value in self._compared)
-        )
-
-
-def _known(leaf: Any, before: Any) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    is_known = isinstance(before, KnownTensor) and before.is_untouched(leaf)
-    return before if is_known else KnownTensor.of(leaf)
-
-
-def _is_same(found: Any, known: Any) -> bool:
-    if isinstance(known, KnownTensor):
-        return isinstance(found, torch.Tensor) and known.is_same(found)
-    if found is known:
-        return True
-    if type(found) is not type(known):  # which tells 1 from True
-        return False
-    if isinstance(known, float | complex | np.generic):
-        return repr(found) == repr(known)  # NaN is NaN
-    return bool(found == known)
+def _is_container(value: Any) -> bool:
+    """Whether entries are what they seem: a class of one's own may make them when asked."""
+    return isinstance(value, _CONTAINERS) and any(
+        type(value).__getitem__ is kind.__getitem__ for kind in _CONTAINERS
+    )
 
 
 def _array_value(array: np.ndarray[Any, Any]) -> tuple[str, tuple[int, ...], bytes]:

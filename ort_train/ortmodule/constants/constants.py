@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ort_train.ortmodule.known_tensor import KnownTensor
-from ort_train.ortmodule.read_values import ReadValues
+from ort_train.ortmodule.constants.known_tensor import KnownTensor
+from ort_train.ortmodule.constants.read_values import ReadValues
 
 
 class Constants:

@@ -1,0 +1,1 @@
+"""What a graph holds as constants, and whether the module still says the same."""
