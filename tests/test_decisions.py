@@ -87,6 +87,18 @@ class Halved(Layer):
         return self.inner(self.one(x_BTH)[:, ::2]) + self.other(x_BTH).mean()
 
 
+class Convolved(Layer):
+    """Decides by the length that a convolution leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Branch()
+        self.convolution = torch.nn.Conv1d(HIDDEN, HIDDEN, 3, stride=2)
+
+    def forward(self, x_BTH: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.convolution(x_BTH.mT).mT)
+
+
 class Written(Layer):
     """Decides by a tensor of sizes that is written to in place."""
 
@@ -126,6 +138,7 @@ def assert_as_eager(module: torch.nn.Module, inputs: torch.Tensor) -> None:
     [
         (Branch, [3, 6, 4, 9, 2, 5], 2),
         (Halved, [6, 11, 8, 9, 7], 2),
+        (Convolved, [9, 12, 7, 13, 10], 2),
         (Written, [3, 6, 4], 3),  # a graph for each length, as what is written isn't followed
         (Loop, [3, 5, 3, 2, 5], 3),
         (Number, [3, 5, 3], 2),

@@ -117,6 +117,8 @@ _CONVERSIONS: dict[str, Callable[..., Any]] = {
     "aten::FloatImplicit": float,
     "aten::Bool": bool,
     "aten::ScalarImplicit": lambda value: value.item(),
+    # Which torch 2.8 has for real devices only; the flags behind the first nine say how it runs.
+    "aten::_convolution": lambda *arguments: torch.ops.aten.convolution.default(*arguments[:9]),
 }
 
 
