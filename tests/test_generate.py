@@ -118,6 +118,7 @@ def test_without_a_mask_padding_is_what_it_is_in_transformers(pair: Pair) -> Non
         {"bad_words_ids": [[9], [10, 11]]},
         {"do_sample": True},
         {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "top_k": None},
         {"do_sample": True, "temperature": 0.6, "top_k": 10, "top_p": 0.8},
         {"do_sample": True, "temperature": 1.7, "min_p": 0.05, "repetition_penalty": 1.2},
         {"do_sample": True, "typical_p": 0.7, "top_k": 0},
@@ -133,6 +134,31 @@ def test_options_mean_what_they_do_in_transformers(pair: Pair, options: dict[str
     torch.manual_seed(7)  # without a seed of its own, torch's generator goes on
     ours = pair.generator.generate(**prompts, max_new_tokens=NEW_TOKENS, **options)
     assert torch.equal(ours[:, 12:], want)
+
+
+def test_padding_that_all_rows_have_counts_as_in_transformers(pair: Pair) -> None:
+    """As a tokenizer's pad_to_multiple_of makes it."""
+    prompts = {
+        name: torch.nn.functional.pad(tensor, (6, 0), value=PAD if name == "input_ids" else 0)
+        for name, tensor in batch("left", 10, 5).items()
+    }
+    widths = []
+
+    def until_30(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        widths.append(ids.shape[1])
+        return torch.full((len(ids),), ids.shape[1] >= 30, dtype=torch.bool)
+
+    ends = list(range(3, 150))  # half of all tokens, so that min_length decides
+    for options in (
+        {"min_length": 22, "eos_token_id": ends},
+        {"min_new_tokens": 6, "eos_token_id": ends},
+        {"max_length": 30, "max_new_tokens": None, "eos_token_id": None},
+        {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList([until_30])},
+    ):
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **options}
+        want = pair.model.generate(**prompts, **options)
+        assert torch.equal(pair.generator.generate(**prompts, **options), want)
+    assert widths == 2 * list(range(17, 31))
 
 
 def test_a_processor_of_the_caller_comes_before_the_cuts(pair: Pair) -> None:
@@ -170,12 +196,13 @@ def test_options_of_transformers_that_change_nothing_are_let_pass(pair: Pair) ->
 
 
 def test_seeds(pair: Pair) -> None:
-    def sampled(seed: int) -> list[int]:
+    def sampled(seed: Any) -> list[int]:
         options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": NEW_TOKENS}
         return pair.generator.generate([[5, 6]], seed=seed, **options).tolist()
 
     before = torch.get_rng_state()
     assert sampled(1) == sampled(1) != sampled(2)
+    assert sampled(np.int64(1)) == sampled(1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -283,6 +310,10 @@ def _folder(pair: Pair) -> Path:
         ({"bad_words_ids": [5]}, "`bad_words_ids` has to be a list of lists"),
         ({"repetition_penalty": -1.0}, "repetition_penalty -1.0 should be above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 should be 1 or more"),
+        ({"seed": 1.5}, "seed 1.5 should be a whole number"),
+        ({"seed": "a"}, "seed 'a' should be a whole number"),
+        ({"seed": 2**64}, f"seed {2**64} should be a whole number"),
+        ({"temperature": 1e-40, "do_sample": True}, "temperature 1e-40 is too near 0 for"),
         ({"max_length": 2}, "max_length 2 is no longer than the prompt's 2 tokens"),
         (
             {"max_new_tokens": MAX_POSITIONS},

@@ -118,17 +118,18 @@ class OrtGenerator:
         longest = max(map(len, prompts))
         width = longest if given_BT is None else given_BT.shape[1]
         sampling = resolve(config, width, longest, self.info.max_positions)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        ids_BT, starts = _left_padded(prompts, sampling)
-        processors = make_processors(sampling, ids_BT[:, :longest], starts, logits_processor or ())
+        generator = None if seed is None else _seeded(seed)
+        # As wide as they were given: processors and criteria count the padding of all rows, too.
+        ids_BT, starts = _left_padded(prompts, width, sampling)
+        processors = make_processors(sampling, ids_BT[:, :width], starts, logits_processor or ())
         criteria = self._criteria(sampling, stopping_criteria, tokenizer)
         if given_BT is None:
-            given_BT = ids_BT[:, :longest]
+            given_BT = ids_BT[:, :width]
         if streamer is not None:
             streamer.put(given_BT)
         # The last token's logits aren't needed, so it never enters the cache.
         decoding = self._session.start(prompts, longest + sampling.max_new_tokens - 1)
-        end = longest
+        end = width
         is_done = np.zeros(len(prompts), bool)
         while True:
             tokens = _choose(decoding, ids_BT[:, :end], processors, sampling, generator)
@@ -145,7 +146,7 @@ class OrtGenerator:
             decoding.step(tokens)
         if streamer is not None:
             streamer.end()
-        return torch.cat([given_BT, ids_BT[:, longest:end]], dim=1)
+        return torch.cat([given_BT, ids_BT[:, width:end]], dim=1)
 
     def _criteria(
         self,
@@ -176,7 +177,23 @@ def _choose(
     scores_BV = processors(ids_BT, torch.from_numpy(decoding.logits).clone())
     if not sampling.do_sample:
         return scores_BV.argmax(-1).numpy()
-    return torch.multinomial(scores_BV.softmax(-1), 1, generator=generator).squeeze(1).numpy()
+    try:
+        tokens_B1 = torch.multinomial(scores_BV.softmax(-1), 1, generator=generator)
+    except RuntimeError as error:  # NaN
+        raise GenerationError(
+            f"there is no next token to draw: temperature {sampling.config.temperature!r} is too "
+            "near 0 for the scores, or a processor of yours leaves no token"
+        ) from error
+    return tokens_B1.squeeze(1).numpy()
+
+
+def _seeded(seed: int) -> torch.Generator:
+    try:
+        return torch.Generator().manual_seed(operator.index(seed))
+    except (TypeError, ValueError) as error:
+        raise GenerationError(
+            f"seed {seed!r} should be a whole number from -2**63 to 2**64 - 1"
+        ) from error
 
 
 def _rows(
@@ -224,11 +241,13 @@ def _check_rows(rows: list[list[int]]) -> None:
         raise GenerationError("a prompt has no token: give each row one at least")
 
 
-def _left_padded(prompts: list[list[int]], sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, longest + new tokens) with the prompts, and where each begins (B,)."""
-    longest = max(map(len, prompts))
-    shape = (len(prompts), longest + sampling.max_new_tokens)
+def _left_padded(
+    prompts: list[list[int]], width: int, sampling: Sampling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, width + new tokens) with the prompts, and where each begins (B,)."""
+    shape = (len(prompts), width + sampling.max_new_tokens)
     ids_BT = torch.full(shape, sampling.pad_token_id)
-    for row, prompt in zip(ids_BT, prompts, strict=True):
-        row[longest - len(prompt) : longest] = torch.tensor(prompt)
-    return ids_BT, torch.tensor([longest - len(prompt) for prompt in prompts])
+    starts = [width - len(prompt) for prompt in prompts]
+    for row, prompt, start in zip(ids_BT, prompts, starts, strict=True):
+        row[start:width] = torch.tensor(prompt)
+    return ids_BT, torch.tensor(starts)

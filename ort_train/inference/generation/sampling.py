@@ -95,6 +95,8 @@ def merge_options(
         for name, value in defaults.to_dict().items():
             if getattr(config, name, None) is None:
                 setattr(config, name, value)
+    if config.top_k is None:
+        config.top_k = _DEFAULT_TOP_K  # before the call's: its None is no limit
     # A length of the call replaces both of the configs.
     if {"max_new_tokens", "max_length"} & set(options):
         config.max_new_tokens = config.max_length = None
@@ -185,9 +187,8 @@ def _make_processors(
         return processors
     if config.temperature not in (None, 1.0):
         processors.append(tf.TemperatureLogitsWarper(float(config.temperature)))
-    top_k = _DEFAULT_TOP_K if config.top_k is None else config.top_k
-    if top_k:
-        processors.append(tf.TopKLogitsWarper(top_k))
+    if config.top_k:
+        processors.append(tf.TopKLogitsWarper(config.top_k))
     if config.top_p is not None and config.top_p < 1.0:
         processors.append(tf.TopPLogitsWarper(config.top_p))
     if config.min_p is not None:
