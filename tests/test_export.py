@@ -143,6 +143,20 @@ def test_windows_are_recorded(tmp_path: Path) -> None:
     assert not (exported.path / "genai_config.json").exists()
 
 
+def test_a_window_that_the_model_doesnt_heed_is_none(tmp_path: Path) -> None:
+    """A Llama made of a Mistral's weights may have kept it in its config."""
+    window = 600  # longer than the gate's prompts
+    model = save_decoder(
+        tmp_path / "model", "llama", sliding_window=window, max_position_embeddings=1024
+    )
+    exported = export_model(tmp_path / "model", tmp_path / "out")
+    assert exported.info.sliding_windows == [None, None]
+    assert (exported.path / "genai_config.json").exists()
+    row = torch.randint(0, 300, (window + 50,), generator=torch.Generator().manual_seed(0)).tolist()
+    decoding = DecoderSession(exported, num_threads=1).start([row], len(row))
+    assert np.abs(torch_logits(model, row) - decoding.logits[0]).max() < TOLERANCE
+
+
 def test_a_window_that_is_off_by_one_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,7 +455,7 @@ def test_an_interrupted_export_leaves_nothing(
 def test_what_has_no_fused_graph_is_said(
     fields: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    save_decoder(tmp_path / "model", "llama", **fields)
+    save_decoder(tmp_path / "model", "mistral", **fields)
     with pytest.raises(ExportError, match=rf"has no fused graph: .*{reason}.*--graph traced"):
         export_model(tmp_path / "model", tmp_path / "out", graph="fused")
     with pytest.raises(ExportError, match=rf"fp32 only.* as .*{reason}.*leave out --precision"):
@@ -478,7 +492,16 @@ def test_operators_of_torch_are_named(tmp_path: Path) -> None:
     save_decoder(tmp_path / "model", "mixtral", num_local_experts=4)
     with pytest.raises(ExportError, match=r"for .*\(the products of a mixture of exp") as caught:
         export_model(tmp_path / "model", tmp_path / "out")
+    assert "aten::cumsum" in str(caught.value)
     assert "ATen" not in str(caught.value)
+    assert "{" not in str(caught.value)
+
+
+@pytest.mark.parametrize("activation", ["hardswish", "mish", "prelu"])
+def test_operators_without_a_gradient_are_exported(activation: str, tmp_path: Path) -> None:
+    """A training graph leaves them to torch; here ONNX Runtime runs them."""
+    model = save_decoder(tmp_path / "model", "llama", hidden_act=activation)
+    assert_decodes_as(model, export_model(tmp_path / "model", tmp_path / "out"))
 
 
 def test_a_forward_that_detaches_is_exported(tmp_path: Path) -> None:

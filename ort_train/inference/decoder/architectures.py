@@ -42,6 +42,7 @@ class Architecture:
         norm_offset: added to the norm's stored weight.
         is_parallel: attention and MLP read the same norm and are added to the residual together.
         has_qk_norms: a norm of each query and key head before the rotary embedding.
+        has_windows: attention heeds the config's sliding_window; others ignore such a key.
         scales_embeddings: by the square root of the hidden size.
         eps: the config's name of the norms' epsilon.
         gate, up, down: the MLP's products; no gate where it is None.
@@ -53,6 +54,7 @@ class Architecture:
     norm_offset: float = 0.0
     is_parallel: bool = False
     has_qk_norms: bool = False
+    has_windows: bool = False
     scales_embeddings: bool = False
     eps: str = "rms_norm_eps"
     attention_out: str = "self_attn.o_proj"
@@ -66,9 +68,9 @@ class Architecture:
 #: By transformers' model_type. Code Llama and Orca-2 are Llamas.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(has_qk_norms=True),
+    "mistral": Architecture(has_windows=True),
+    "qwen2": Architecture(has_windows=True),
+    "qwen3": Architecture(has_qk_norms=True, has_windows=True),
     "gemma": Architecture(norm_offset=1.0, scales_embeddings=True),
     "phi": Architecture(
         norm="layer",
@@ -173,6 +175,9 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 def windows(config: PretrainedConfig) -> list[int | None]:
     """Of each layer, the keys that a query sees, itself included; None: all before it."""
+    own = ARCHITECTURES.get(config.model_type)
+    if own is not None and not own.has_windows:
+        return [None] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
     types: Any = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if types is not None:

@@ -92,8 +92,11 @@ def _check(graph: onnx.GraphProto) -> None:
 def _operator(node: onnx.NodeProto) -> str:
     """What a node computes; one of torch's, by torch's name."""
     from ort_train.ortmodule.kernels.aten import operator_name
+    from ort_train.ortmodule.kernels.torch_operators import call_of
 
     name = operator_name(node)
+    if (call := call_of(name)) is not None:
+        return call.operator
     if name == "ort_train::grouped_linear":
         return f"{name} (the products of a mixture of experts)"
     return name

@@ -95,7 +95,7 @@ def _symbolics() -> Iterator[None]:
 
     upstream.load()  # some of them go on to ORTModule's own
     with exporter.restored_symbolics():
-        symbolics.register(OPSET)
+        symbolics.register(OPSET, is_trained=False)
         yield
 
 

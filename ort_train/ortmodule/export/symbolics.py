@@ -34,9 +34,16 @@ _SOFTPLUS_THRESHOLD = 20  # e^-20 is less than fp32 tells from 20
 _SYMBOLICS: dict[str, Callable[..., Any]] = {}
 
 
-def register(opset: int) -> None:
-    """Register all of them with the TorchScript exporter."""
+def register(opset: int, is_trained: bool = True) -> None:
+    """Register all of them with the TorchScript exporter.
+
+    Args:
+        is_trained: whether the graph needs gradients: without, what ONNX Runtime can run and not
+            differentiate is left to torch's own functions.
+    """
     for name, function in _SYMBOLICS.items():
+        if function is torch_nodes.symbolic and not is_trained:
+            continue
         torch.onnx.register_custom_op_symbolic(name, function, opset)
     for name in list(torch_nodes.missing(opset)):
         torch.onnx.register_custom_op_symbolic(name, torch_nodes.symbolic, opset)
