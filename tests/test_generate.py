@@ -412,7 +412,7 @@ def test_past_and_present_share_one_buffer(pair: Pair) -> None:
 
 
 def test_threads_are_checked(pair: Pair) -> None:
-    with pytest.raises(GenerationError, match="num_threads 0 should be 1 or more"):
+    with pytest.raises(GenerationError, match="num_threads 0 should be from 1 to 1024"):
         OrtGenerator(_folder(pair), num_threads=0)
 
 
@@ -475,6 +475,8 @@ def test_command_continues_a_batch(pair: Pair, capsys: pytest.CaptureFixture[str
         (["--prompt", "a", "--greedy", "--top-p", "0.5"], "--greedy draws nothing, so --top-p"),
         (["--prompt", "-", "--prompt", "-"], "give it once"),
         (["--prompt", "a", "--chat"], "no chat template"),
+        (["--prompt", "a\udcff"], "a prompt isn't UTF-8"),
+        (["--prompt", "a", "--temperature", "0"], "or --greedy"),
         (["--prompt", "a", "--max-new-tokens", "9999"], "exceed max_position_embeddings"),
     ],
 )

@@ -184,6 +184,29 @@ def test_layers_are_left_out_by_pattern(folder: Path, tmp_path: Path) -> None:
     assert not {layer.name for layer in report.layers} & set(kept)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2: Gemm with biases, a tied head
+def test_layers_left_out_of_half_precision_stay_whole(kind: str, tmp_path: Path) -> None:
+    from decoders import save_decoder
+
+    save_decoder(tmp_path / "model", kind)
+    exported = export_model(tmp_path / "model", tmp_path / "exported")
+    exclude = ["*lm_head*", "*attn*"]
+    report = quantize_folder(exported.path, tmp_path / "out", Scheme("fp16"), exclude, IDS)
+    assert len(report.left_out) == 1 + 2 * 2
+    before, after = (onnx.load(tmp_path / name / "model.onnx") for name in ("exported", "out"))
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in before.graph.initializer}
+    for node in before.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in known:
+            known[node.output[0]] = known[node.input[0]].T
+    own = {tensor.name: numpy_helper.to_array(tensor) for tensor in after.graph.initializer}
+    read = {node.name: node for node in after.graph.node}
+    for node in before.graph.node:
+        if node.name in report.left_out:
+            for weight, kept in zip(node.input[1:], read[node.name].input[1:], strict=True):
+                assert own[kept].dtype == np.float32
+                assert np.array_equal(known[weight], own[kept])
+
+
 def test_a_result_that_differs_is_not_kept(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"KL divergence .* above 1e-09.*--accuracy-level 0"):
         quantize_folder(folder, tmp_path / "out", Scheme(), ids_BT=IDS, max_kl=1e-9)
@@ -259,6 +282,9 @@ def test_without_a_tokenizer_tokens_are_random(folder: Path, tmp_path: Path) -> 
     [
         (["--scheme", "int8", "--symmetric"], "--symmetric is of --scheme int4, not of int8"),
         (["--length", "2", "--rows", "0"], "2 problems"),
+        (["--max-kl", "nan"], "--max-kl nan must be 0 or more"),
+        (["--max-kl", "-1"], "--max-kl -1.0 must be 0 or more"),
+        (["--threads", "99999999999"], "should be from 1 to 1024"),
         (["train.max_steps=1"], "only data.key=value is"),
         (["--max-kl", "1e-9", "data.source=offline"], "Nothing was written"),
         (["data.soruce=offline"], "did you mean data.source"),

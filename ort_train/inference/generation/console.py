@@ -52,7 +52,13 @@ def _prompts(given: list[str] | None) -> list[str]:
         raise GenerationError('nothing to continue: pass --prompt "some text", or --prompt -')
     if given.count("-") > 1:
         raise GenerationError("--prompt - reads all of stdin: give it once")
-    return [sys.stdin.read() if prompt == "-" else prompt for prompt in given]
+    try:
+        prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in given]
+        for prompt in prompts:
+            prompt.encode()  # bytes that are no UTF-8 are in it as surrogates
+    except UnicodeError as error:
+        raise GenerationError(f"a prompt isn't UTF-8: {error}") from None
+    return prompts
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -43,7 +43,7 @@ _NEUTRAL: dict[str, float] = {
 _WHOLE_NUMBERS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "pad_token_id")
 # Numbers, by name: whether only sampling reads them, what holds for them, and that in words.
 _RULES: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
-    "temperature": (True, lambda v: v > 0, "above 0 (for greedy decoding set do_sample=False)"),
+    "temperature": (True, lambda v: v > 0, "above 0 (greedy: do_sample=False, or --greedy)"),
     "top_k": (True, lambda v: v >= 0, "0 (no limit) or more"),
     "top_p": (True, lambda v: 0 <= v <= 1, "from 0 to 1"),
     "min_p": (True, lambda v: 0 <= v <= 1, "from 0 to 1"),

@@ -15,6 +15,7 @@ from ort_train.errors import ExportError, GenerationError
 from ort_train.inference.folder import ExportedModel, cache_names
 
 _DEVICE = "cpu"
+_MAX_THREADS = 1024  # more than any machine's cores; ONNX Runtime would start them all
 
 
 def default_num_threads() -> int:
@@ -36,8 +37,8 @@ class DecoderSession:
     def __init__(self, model: ExportedModel, num_threads: int | None = None, options: Any = None):
         import onnxruntime as ort
 
-        if num_threads is not None and num_threads < 1:
-            raise GenerationError(f"num_threads {num_threads} should be 1 or more")
+        if num_threads is not None and not 1 <= num_threads <= _MAX_THREADS:
+            raise GenerationError(f"num_threads {num_threads} should be from 1 to {_MAX_THREADS}")
         options = options or ort.SessionOptions()
         options.intra_op_num_threads = num_threads or default_num_threads()
         options.inter_op_num_threads = 1

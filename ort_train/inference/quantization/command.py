@@ -78,6 +78,8 @@ def main(args: argparse.Namespace) -> int:
         )
         if value is not None and value < least
     ]
+    if not args.max_kl >= 0:  # nor NaN
+        problems.append(f"--max-kl {args.max_kl} must be 0 or more")
     if other := [word for word in args.overrides if not word.startswith("data.")]:
         problems.append(f"{other[0]!r} isn't read here: only data.key=value is")
     if problems:

@@ -49,8 +49,10 @@ class Product:
             yield part, np.ascontiguousarray(rows, np.float32)
 
 
-def select_products(graph: GraphProto, exclude: Sequence[str]) -> tuple[list[Product], list[str]]:
-    """The products of a graph, and the names of those that are left out.
+def select_products(
+    graph: GraphProto, exclude: Sequence[str]
+) -> tuple[list[Product], list[Product]]:
+    """The products of a graph, and those that are left out.
 
     Args:
         exclude: patterns (fnmatch) of node names.
@@ -65,8 +67,12 @@ def select_products(graph: GraphProto, exclude: Sequence[str]) -> tuple[list[Pro
             raise ModelError(
                 f"--exclude {pattern!r} fits no product: they are named like {', '.join(names[:3])}"
             )
-    left_out = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in exclude)]
-    return [product for product in products if product.node.name not in left_out], left_out
+    chosen: list[Product] = []
+    left_out: list[Product] = []
+    for product in products:
+        is_out = any(fnmatch.fnmatchcase(product.node.name, pattern) for pattern in exclude)
+        (left_out if is_out else chosen).append(product)
+    return chosen, left_out
 
 
 def _found(graph: GraphProto) -> Iterator[Product]:

@@ -246,7 +246,7 @@ def _write_quantized(
     if not any(entry.domain == MICROSOFT for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     onnx_files.save_graph(model, folder / onnx_files.MODEL_FILE)
-    return layers, left_out
+    return layers, [product.node.name for product in left_out]
 
 
 def _int4_nodes(
