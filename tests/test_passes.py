@@ -259,6 +259,7 @@ def test_pictures_stay_small(llama: Path) -> None:
         (["--passes", ","], "no passes"),
         ([], "give --passes"),
         (["--passes", "nop", "--dim", "batch"], "should be NAME=SIZE"),
+        (["--passes", "nop", "--dim", "batch=3"], "no input has such a dimension: there are none"),
         (["--passes", "nop", "--block", "no_such_layer"], "there are, for example, head, mlp"),
     ],
 )
@@ -273,6 +274,12 @@ def test_what_is_asked_wrongly(
     assert main(["optimize", str(biased), "--out", str(out), *arguments]) == 2
     assert expected in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
+def test_sizes_that_would_be_ignored_are_named(llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--dim bach: .* did you mean batch") as caught:
+        passes.optimize(llama, ["nop"], {"bach": 3, "length": 0})
+    assert caught.value.problems[1] == "--dim length=0 must be 1 or more"
 
 
 def test_a_place_that_cant_be_is_found_before_work_starts(biased: Path, tmp_path: Path) -> None:

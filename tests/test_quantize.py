@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,32 @@ def test_layers_left_out_of_half_precision_stay_whole(kind: str, tmp_path: Path)
                 assert np.array_equal(known[weight], own[kept])
 
 
+def test_integers_in_half_precision_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
+    """Large ones lie beside the weights, as `ort-train optimize` puts constants there."""
+    model = onnx.load(folder / "model.onnx")
+    positions = numpy_helper.from_array(np.arange(500), "positions")
+    model.graph.initializer.append(positions)
+    ids = next(node for node in model.graph.node if "input_ids" in node.input)
+    zero = numpy_helper.from_array(np.zeros(1, np.int64), "zero")
+    model.graph.initializer.append(zero)
+    nodes = [
+        helper.make_node("Gather", ["positions", "zero"], ["nothing"], "nothing"),
+        helper.make_node("Add", ["input_ids", "nothing"], ["ids"], "ids"),
+    ]
+    ids.input[list(ids.input).index("input_ids")] = "ids"
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+    source = Path(shutil.copytree(folder, tmp_path / "source"))
+    (source / "model.onnx.data").unlink()
+    onnx.save(
+        model, source / "model.onnx", save_as_external_data=True, location="model.onnx.data",
+    )  # fmt: skip
+    quantize_folder(source, tmp_path / "out", Scheme("fp16"), ids_BT=IDS, max_kl=1e-5)
+    made = onnx.load(tmp_path / "out" / "model.onnx")
+    (kept,) = (tensor for tensor in made.graph.initializer if tensor.name == "positions")
+    assert np.array_equal(numpy_helper.to_array(kept), np.arange(500))
+
+
 def test_a_result_that_differs_is_not_kept(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"KL divergence .* above 1e-09.*--accuracy-level 0"):
         quantize_folder(folder, tmp_path / "out", Scheme(), ids_BT=IDS, max_kl=1e-9)
@@ -266,8 +293,6 @@ def test_the_command_refuses_before_it_reads_a_text(
 
 
 def test_without_a_tokenizer_tokens_are_random(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     from ort_train.inference.text import make_rows
 
     shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))

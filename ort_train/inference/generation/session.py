@@ -39,7 +39,10 @@ class DecoderSession:
 
         if num_threads is not None and not 1 <= num_threads <= _MAX_THREADS:
             raise GenerationError(f"num_threads {num_threads} should be from 1 to {_MAX_THREADS}")
-        options = options or ort.SessionOptions()
+        if options is None:
+            options = ort.SessionOptions()
+            # Of each constant in fp16 it warns that it can't compute it beforehand.
+            options.log_severity_level = 3
         options.intra_op_num_threads = num_threads or default_num_threads()
         options.inter_op_num_threads = 1
         self.model = model

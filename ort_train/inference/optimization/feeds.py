@@ -63,6 +63,17 @@ def random_feeds(
     return feeds
 
 
+def symbolic_dimensions(model: ModelProto) -> set[str]:
+    """Names of the inputs' dimensions that `random_feeds` takes sizes of."""
+    names = {
+        dim.dim_param
+        for value in model.graph.input
+        for dim in value.type.tensor_type.shape.dim
+        if dim.dim_param
+    }
+    return names | {part.strip() for name in names for part in name.split("+")}
+
+
 def _size(dim: Any, sizes: Mapping[str, int], batch: int, length: int) -> int:
     if dim.HasField("dim_value"):
         return dim.dim_value

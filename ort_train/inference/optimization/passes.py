@@ -18,7 +18,7 @@ import numpy as np
 
 from ort_train.errors import ConfigError, ModelError
 from ort_train.inference import onnx_files
-from ort_train.inference.optimization.feeds import random_feeds
+from ort_train.inference.optimization.feeds import random_feeds, symbolic_dimensions
 from ort_train.near import near_matches
 
 if TYPE_CHECKING:
@@ -199,6 +199,18 @@ def check_names(names: Sequence[str]) -> None:
         raise ConfigError(problems)
 
 
+def _check_sizes(sizes: Mapping[str, int], model: ModelProto) -> None:
+    known = symbolic_dimensions(model)
+    problems = [
+        f"--dim {name}: no input has such a dimension: {near_matches(name, known)}"
+        for name in sizes
+        if name not in known
+    ]
+    problems += [f"--dim {n}={size} must be 1 or more" for n, size in sizes.items() if size < 1]
+    if problems:
+        raise ConfigError(problems)
+
+
 class _Graph:
     """A model that passes are applied to, and its outputs on random inputs."""
 
@@ -209,6 +221,7 @@ class _Graph:
         model = onnx_files.read_graph(file)
         if model.functions:  # onnxoptimizer drops them, and calls of them stay behind
             model = inliner.inline_local_functions(model)
+        _check_sizes(sizes, model)
         self.weights = self._take_weights(model, max_inline_bytes)
         self.original = model
         self.sizes = sizes

@@ -40,7 +40,7 @@ def write_half(
         What rounding did to the products' weights; the products that were left out.
 
     Raises:
-        ModelError: a weight isn't float32, or has no place in fp16; or see `select_products`.
+        ModelError: a weight has no place in fp16; or see `select_products`.
     """
     from onnx import TensorProto, helper
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -54,13 +54,10 @@ def write_half(
     outer = {}
     inner = []
     for tensor in graph.initializer:
-        large = tensor.data_location == TensorProto.EXTERNAL
-        if large and tensor.data_type == TensorProto.FLOAT:
+        if tensor.data_location == TensorProto.EXTERNAL:
             outer[tensor.name] = tensor
-            value = helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, tensor.dims)
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             graph.input.append(value)
-        elif large:
-            raise ModelError(f"weight {tensor.name} is no float32: export the model again")
         else:
             inner.append(tensor)
     onnx_files.replace_initializers(model, inner)
