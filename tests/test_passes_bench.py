@@ -154,6 +154,9 @@ def test_other_numbers_are_a_mismatch(tmp_path: Path) -> None:
         (["--hidden", "512,1024"], "add --grid"),
         (["--hidden", "512,big"], "--hidden '512,big' must be whole numbers"),
         (["--models", "lama"], "did you mean llama"),
+        (["--models", ","], "--models is empty: there are gpt2, llama"),
+        (["--json", "."], "--json . is a directory"),
+        (["--plot", f"{__file__}/chart.svg"], "can't be made"),
         (["--hidden", "100", "--heads", "8"], "hidden 100 isn't 8 heads of an even size"),
         (["--passes", "eliminate_idntity"], "did you mean eliminate_identity"),
         (["--repeats", "0"], "repeats 0 must be at least 1"),
@@ -174,5 +177,8 @@ def test_no_record(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps({"schema": 1}))
     with pytest.raises(OrtTrainError, match="no record of `ort-train passes-bench`"):
         passes_bench.load(tmp_path / "other.json")
+    (tmp_path / "damaged.json").write_text('{"schema": ')
+    with pytest.raises(OrtTrainError, match=r"damaged\.json is damaged .*: remove it"):
+        passes_bench.load(tmp_path / "damaged.json")
     with pytest.raises(ConfigError, match="2 problems"):
         passes_bench.run_benchmark([passes_run.Size("lama", 8, 1)], ["nop"], repeats=0)

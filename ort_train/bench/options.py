@@ -22,8 +22,8 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def output_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with those options."""
-    outputs = {"--json": args.json, "--plot": args.plot, "--html": args.html}
+    """What is wrong with those options, as far as a command has them."""
+    outputs = {f"--{name}": getattr(args, name, None) for name in ("json", "plot", "html")}
     given = {option: path for option, path in outputs.items() if path is not None}
     problems = []
     for option, path in given.items():

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ort_train.bench.options import numbers, output_problems, words
 from ort_train.bench.process import Worker
 from ort_train.bench.turns import spread, take_turns
 from ort_train.errors import ConfigError, OrtTrainError
@@ -28,7 +29,6 @@ from ort_train.inference.optimization import passes
 from ort_train.inference.optimization import report as passes_report
 from ort_train.inference.optimization.run import COMMAND, Run, Size, result
 from ort_train.reports import provenance
-from ort_train.reports.report import PLOT_SUFFIXES
 
 SCHEMA = 1
 #: Of a student report on a 2-layer Llama, which saw 21 to 22% in them.
@@ -286,17 +286,15 @@ def main(args: argparse.Namespace) -> int:
     Returns:
         0; 1 where a runner failed or computed other numbers.
     """
-    problems: list[str] = []
-    hidden = _numbers("--hidden", args.hidden, problems)
-    heads = _numbers("--heads", args.heads, problems)
-    models = [name.strip() for name in args.models.split(",") if name.strip()]
+    problems = output_problems(args)
+    hidden = numbers("--hidden", args.hidden, problems)
+    heads = numbers("--heads", args.heads, problems)
+    models = words("--models", args.models, list(passes_models.MODELS), problems)
     if not problems and not args.grid and len(hidden) != len(heads):
         problems.append(
             f"--heads {args.heads} should have one number for each of --hidden {args.hidden}: add "
             "--grid to measure every size with every number"
         )
-    if args.plot is not None and args.plot.suffix not in PLOT_SUFFIXES:
-        problems.append(f"--plot {args.plot} must end in {' or '.join(PLOT_SUFFIXES)}")
     if args.resume and (args.json is None or not args.json.is_file()):
         problems.append(f"--resume needs a record to go on with: --json {args.json} is none")
     if problems:
@@ -343,15 +341,10 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         OrtTrainError: it isn't one of this schema.
     """
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OrtTrainError(f"{path} is damaged ({error}): remove it, and begin anew") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA or "results" not in record:
         raise OrtTrainError(f"{path} is no record of `ort-train passes-bench`")
     return record
-
-
-def _numbers(option: str, text: str, problems: list[str]) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if any(not word.isascii() or not word.isdigit() or int(word) < 1 for word in words):
-        problems.append(f"{option} {text!r} must be whole numbers of at least 1, like 512,1024")
-        return []
-    return [int(word) for word in words]
