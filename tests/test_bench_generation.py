@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from ort_train.backends import available
 from ort_train.cli import main
@@ -134,6 +135,8 @@ def test_all_problems_are_told_before_anything_is_made(model, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     with pytest.raises(ConfigError, match=r"has no llama\.cpp"):
         run_benchmark(copied, ["llamacpp-f32"], [1], [12], llamacpp_python=sys.executable)
+    with pytest.raises(ConfigError, match=r"/bin/false has no llama.cpp .exit code 1"):
+        run_benchmark(copied, ["llamacpp-f32"], [1], [12], llamacpp_python="/bin/false")
     with pytest.raises(ConfigError, match="can't be run"):
         run_benchmark(copied, ["llamacpp-f32"], [1], [12], llamacpp_python="no/such/python")
 
@@ -150,6 +153,17 @@ def test_a_config_that_cannot_be(config, message, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ConfigError, match=message):
         run_benchmark(tmp_path, ["eager"], [1], [12], new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"), [("t5", "no causal language model"), ("bert", "reads both ways")]
+)
+def test_what_generates_nothing_is_refused_before_anything_is_made(model_type, message, tmp_path):
+    config = AutoConfig.for_model(model_type, vocab_size=100)
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError, match=message):
+        run_benchmark(tmp_path / "model", ["eager"], [1], [12], new_tokens=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.slow

@@ -337,6 +337,11 @@ def test_what_is_no_model_is_refused(llama: Path, lora_run: Path, tmp_path: Path
     assert not out.exists()
 
 
+def test_an_exported_folder_is_named(exported_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is exported already: name the run, or the transf"):
+        export_model(exported_llama, tmp_path / "out")
+
+
 def test_quantized_weights_are_refused(llama: Path, tmp_path: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}

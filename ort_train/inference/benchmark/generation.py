@@ -29,6 +29,7 @@ from ort_train.inference.benchmark import exports
 from ort_train.inference.benchmark.engines import DEFAULT, ENGINES, GROUPS, REFERENCE, expand
 from ort_train.inference.benchmark.gguf_convert import obstacle
 from ort_train.inference.benchmark.run import Case, Run, result, speeds
+from ort_train.inference.decoder.export import load_decoder_config
 from ort_train.inference.generation.session import default_num_threads
 from ort_train.reports import provenance
 from ort_train.reports import record as records
@@ -76,13 +77,14 @@ def run_benchmark(
 
     Raises:
         ConfigError: with everything that is wrong, before any work starts.
-        ExportError: the model can't be exported or converted.
+        ExportError: the model is no plain decoder, or can't be exported or converted.
     """
     tell = on_event or (lambda line: None)
     source = expanded(source)
     model = exports.locate(source, tell)
     config = _read_config(model)
     _check(config, engines, batch_sizes, prompt_lens, new_tokens, rounds, threads, llamacpp_python)
+    load_decoder_config(model)  # what generates nothing is refused there
     threads = threads or default_num_threads()  # one number for all, or the ratios say nothing
     folders = exports.make(model, [REFERENCE, *engines], llamacpp_python, tell)
     rounded = {
@@ -216,7 +218,8 @@ def _python_problems(python: str | None) -> list[str]:
     except OSError as error:
         return [f"--llamacpp-python {python} can't be run ({error.strerror}): {how}"]
     except subprocess.CalledProcessError as error:
-        told = error.stderr.decode(errors="replace").strip().splitlines()[-1]
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        told = lines[-1] if lines else f"exit code {error.returncode}"
         return [f"--llamacpp-python {python} has no llama.cpp ({told}): {how}"]
     return []
 

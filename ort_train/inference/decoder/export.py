@@ -17,6 +17,7 @@ from ort_train.files import expanded
 from ort_train.inference.decoder import parity
 from ort_train.inference.decoder.architectures import fused_obstacle, traced_obstacle, windows
 from ort_train.inference.folder import (
+    INFO_FILE,
     ExportedModel,
     ExportInfo,
     check_out,
@@ -76,7 +77,7 @@ def export_model(
     if precision in _QUANTIZED:
         return _export_quantized(source, out, precision, graph, say, show_progress)
     with _transformers_folder(expanded(source), out, say) as folder:
-        config = _load_config(folder)
+        config = load_decoder_config(folder)
         read_generation_config(folder)  # a damaged one is told before the work
         kind = _choose(config, graph, precision, say)
         num_bytes = _weight_bytes(folder, config, precision)
@@ -206,13 +207,23 @@ def _transformers_folder(source: Path, out: Path, say: Callable[[str], Any]) -> 
     yield source
 
 
-def _load_config(folder: Path) -> PretrainedConfig:
+def load_decoder_config(folder: Path) -> PretrainedConfig:
+    """The config of a transformers folder that can be exported, as far as it tells.
+
+    Raises:
+        ExportError: there is none, or it is of no plain decoder.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
+    if (folder / INFO_FILE).is_file():
+        raise ExportError(
+            f"{str(folder)!r} is exported already: name the run, or the transformers folder, that "
+            "it was made of"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # configs raise types of their own
