@@ -59,10 +59,12 @@ def prune_folder(
 
     Raises:
         ConfigError: wrong settings.
-        ModelError: the model can't be loaded or pruned, or `out` holds something.
+        ModelError: the model can't be loaded or pruned.
+        ExportError: the model is no plain decoder, or `out` holds something.
     """
     from ort_train.data.packing import check_models
     from ort_train.data.samples import make_samples
+    from ort_train.inference.decoder.export import load_decoder_config
     from ort_train.inference.folder import staged as staged_folder
     from ort_train.models import load_model
     from ort_train.pruning import check_target, prune_model
@@ -89,6 +91,7 @@ def prune_folder(
             f"model.task {config.model.task}: prune reads a text with causal language models only, "
             "leave it at causal-lm"
         )
+    load_decoder_config(source)  # an encoder sees what it predicts
     with staged_folder(out) as staged:
         block_size, seed = config.data.block_size, config.train.seed
         samples = make_samples(config.data, config.model, seed=seed)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ort_train.cli import main
 from ort_train.config import parse
-from ort_train.errors import ConfigError, ModelError
+from ort_train.errors import ConfigError, ExportError, ModelError
+from ort_train.prune import prune_folder
 from ort_train.pruning import KeepZeros, linear_layers, mask_2_4, mask_smallest, prune_model
 
 OVERRIDES = ["data.source=offline", "data.block_size=32", "data.max_eval_blocks=4"]
@@ -224,6 +225,15 @@ def test_what_cannot_be_pruned(tiny_llama: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no zeros to keep"):
         KeepZeros(tiny_llama())
     assert main(["prune", str(tmp_path), "--out", str(tmp_path / "o"), "--pattern", "2:4"]) == 2
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(tmp_path: Path) -> None:
+    """Its perplexity would mean nothing."""
+    from transformers import BertConfig
+
+    BertConfig(vocab_size=300).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ExportError, match="bert that reads both ways"):
+        prune_folder(tmp_path / "bert", tmp_path / "out", "2:4")
 
 
 def test_zeros_can_only_be_kept_in_trained_weights() -> None:
