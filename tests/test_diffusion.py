@@ -289,4 +289,8 @@ def test_problems_of_the_benchmark_are_told_at_once(source, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "height 60 must be a multiple of 8" in err
     assert "rounds 0" in err
+    assert main(["bench-diffusion", str(source), "--width", "0", "--guidance-scale", "nan"]) == 2
+    err = capsys.readouterr().err
+    assert "width 0 must be a multiple of 8" in err
+    assert "guidance scale nan must be" in err
     assert not source.with_name("source-exports").exists()

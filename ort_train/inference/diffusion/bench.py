@@ -6,6 +6,7 @@ What runs is decided here; `bench/worker.py` draws, `bench/turns.py` takes the e
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,8 +125,9 @@ def run_benchmark(
     tell = on_event or (lambda line: None)
     source = expanded(source)
     index = read_index(source)
-    height, width = height or _own_size(index), width or _own_size(index)
-    _check(engines, batch_sizes, steps, height, width, rounds, threads)
+    height = _own_size(index) if height is None else height
+    width = _own_size(index) if width is None else width
+    _check(engines, batch_sizes, steps, height, width, guidance_scale, rounds, threads)
     threads = threads or default_num_threads()  # one number for all, or the ratios say nothing
     info, exported = _exported(source, exported, tell)
     started_at, machine = provenance.now(), provenance.machine()
@@ -199,6 +201,7 @@ def _check(
     steps: Sequence[int],
     height: int,
     width: int,
+    guidance_scale: float,
     rounds: int,
     threads: int | None,
 ) -> None:
@@ -222,6 +225,8 @@ def _check(
         for name, value in (("height", height), ("width", width))
         if value < 8 or value % 8
     ]
+    if not 0 <= guidance_scale < math.inf:
+        problems.append(f"guidance scale {guidance_scale} must be 0 (none) or a number above")
     if problems:
         raise ConfigError(problems)
 
