@@ -173,8 +173,11 @@ def _choose(
     """The next token of each row (B,)."""
     if not processors and not sampling.do_sample:
         return decoding.logits.argmax(-1)
-    # A copy: a processor may write into it.
-    scores_BV = processors(ids_BT, torch.from_numpy(decoding.logits).clone())
+    try:
+        # A copy: a processor may write into it.
+        scores_BV = processors(ids_BT, torch.from_numpy(decoding.logits).clone())
+    except ValueError as error:  # some of transformers' look at their tokens only here
+        raise GenerationError(f"a logits processor fails: {error}") from error
     if not sampling.do_sample:
         return scores_BV.argmax(-1).numpy()
     try:

@@ -246,9 +246,11 @@ def _check_ranges(config: GenerationConfig) -> None:
             continue
         if not isinstance(value, Real) or not holds(value):
             raise GenerationError(f"{name} {value!r} should be {rule}")
-    strings = config.stop_strings
-    strings = [strings] if isinstance(strings, str) else strings
-    if any(not isinstance(one, str) or not one for one in strings or ()):
+    if config.do_sample not in (True, False, None):
+        raise GenerationError(f"do_sample {config.do_sample!r} should be True or False")
+    strings = () if config.stop_strings is None else config.stop_strings
+    strings = strings if isinstance(strings, list | tuple | set) else [strings]
+    if any(not isinstance(one, str) or not one for one in strings):
         raise GenerationError(
             f"stop_strings {config.stop_strings!r} should be texts of one character or more"
         )

@@ -7,6 +7,7 @@ import argparse
 import numpy as np
 
 from ort_train.bench.serve import peak_resident_gib
+from ort_train.config import DataConfig
 from ort_train.errors import ConfigError
 from ort_train.inference.quantization.quantize import (
     ACCURACY_LEVELS,
@@ -22,6 +23,9 @@ from ort_train.inference.quantization.quantize import (
 from ort_train.overrides import add_overrides
 
 _NUM_WORST = 5
+#: Keys of `data` that choose the text (`make_rows`), and those that options stand for.
+_READ = ("source", "dataset", "subset", "text_column", "folder", "hub_timeout_s")
+_OPTIONS = {"block_size": "--length", "max_eval_blocks": "--rows"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KL divergence from the original's predictions, nats a token",
     )
     add("--rows", type=int, default=16, metavar="N", help="of text to compare on")
-    add("--length", type=int, default=128, metavar="N", help="tokens of a row")
+    add(
+        "--length",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of a row, at most as many as the model has positions",
+    )
     add("--threads", type=int, metavar="N", help="of ONNX Runtime (default: one a core)")
 
 
@@ -82,6 +92,10 @@ def main(args: argparse.Namespace) -> int:
         problems.append(f"--max-kl {args.max_kl} must be 0 or more")
     if other := [word for word in args.overrides if not word.startswith("data.")]:
         problems.append(f"{other[0]!r} isn't read here: only data.key=value is")
+    keys = [word.removeprefix("data.").partition("=")[0] for word in args.overrides]
+    for key in sorted(set(keys) & set(DataConfig.model_fields) - set(_READ)):
+        says = f"{_OPTIONS[key]} says it" if key in _OPTIONS else f"{', '.join(_READ)} are"
+        problems.append(f"data.{key} isn't read here: {says}")
     if problems:
         raise ConfigError(problems)
     source = load_source(args.folder)
