@@ -509,6 +509,15 @@ def test_operators_without_a_gradient_are_exported(activation: str, tmp_path: Pa
     assert_decodes_as(model, export_model(tmp_path / "model", tmp_path / "out"))
 
 
+def test_a_window_shorter_than_what_is_traced(tmp_path: Path) -> None:
+    """The model's own cache forgets, that of the graph doesn't."""
+    model_type, fields = TRACED["gemma2"]
+    model = save_decoder(tmp_path / "model", model_type, **{**fields, "sliding_window": 3})
+    exported = export_model(tmp_path / "model", tmp_path / "out")
+    assert exported.info.sliding_windows == [3, None]
+    assert_decodes_as(model, exported)
+
+
 def test_a_forward_that_detaches_is_exported(tmp_path: Path) -> None:
     """There is nothing to stop a gradient of."""
     from transformers import XGLMConfig, XGLMForCausalLM

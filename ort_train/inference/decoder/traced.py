@@ -141,7 +141,9 @@ def _example_cache(model: PreTrainedModel) -> list[torch.Tensor]:
         raise ExportError(f"{_name(model)} doesn't run on token ids alone: {error}") from error
     layers = getattr(getattr(output, "past_key_values", None), "layers", None)
     parts: list[Any] = [
-        getattr(layer, name, None) for layer in layers or () for name in ("keys", "values")
+        _unforgotten(getattr(layer, name, None), layer)
+        for layer in layers or ()
+        for name in ("keys", "values")
     ]
     shapes = {tuple(part.shape) if isinstance(part, torch.Tensor) else None for part in parts}
     if len(shapes) != 1 or None in shapes or len(next(iter(shapes)) or ()) != 4:
@@ -152,6 +154,13 @@ def _example_cache(model: PreTrainedModel) -> list[torch.Tensor]:
     if parts[0].shape[2] != _PAST:
         raise ExportError(f"{_name(model)} doesn't cache each token, so it can't be exported")
     return parts
+
+
+def _unforgotten(part: Any, layer: Any) -> Any:
+    """A layer's keys or values as long as the graph's, which keeps what lies beyond a window."""
+    if not isinstance(part, torch.Tensor) or not getattr(layer, "is_sliding", False):
+        return part
+    return torch.nn.functional.pad(part, (0, 0, _PAST - part.shape[-2], 0))
 
 
 def _name(model: PreTrainedModel) -> str:
