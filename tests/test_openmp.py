@@ -86,3 +86,12 @@ def test_another_openmp_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(Path, "read_text", lambda self: "7f0 r-xp 0 0:0 1 /usr/lib/libiomp5.so\n")
     assert openmp._libgomp.__wrapped__() is None
     assert "KMP_BLOCKTIME" in caplog.text
+
+
+@pytest.mark.skipif(openmp._libgomp() is None, reason="torch's OpenMP isn't libgomp here")
+def test_an_environment_may_be_a_link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The kernel names the files that a process has loaded without links."""
+    link = tmp_path / "torch"
+    link.symlink_to(Path(torch.__file__).parent, target_is_directory=True)
+    monkeypatch.setattr(torch, "__file__", str(link / "__init__.py"))
+    assert openmp._libgomp.__wrapped__() is not None

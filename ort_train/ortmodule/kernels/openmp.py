@@ -97,7 +97,7 @@ def wake() -> None:
 @functools.cache
 def _libgomp() -> ctypes.CDLL | None:
     """torch's, or None where another library is its OpenMP."""
-    folder = Path(torch.__file__).parent
+    folder = Path(torch.__file__).resolve().parent  # an environment may be a link
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split(maxsplit=5)[-1]
         if "libgomp" in path and folder in Path(path).parents:
