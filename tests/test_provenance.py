@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,15 @@ def test_git_state_needs_a_tracked_file(monkeypatch):
 def test_the_command_names_no_directory_of_this_machine(monkeypatch):
     arguments = [f"{sys.prefix}/bin/ort-train", "bench", f"{Path.cwd()}/recipes/a.yaml", "--tiny"]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert provenance.command() == "ort-train bench ./recipes/a.yaml --tiny"
+
+
+@pytest.mark.parametrize("name", ["package", "package.__main__"])
+def test_the_command_of_a_module_can_be_typed(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/package/__main__.py", "--tiny"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec(name, None))
+    assert provenance.command() == "python -m package --tiny"
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,12 @@ def git_state() -> tuple[str | None, bool | None]:
 
 def command() -> str:
     """The command line of this process, without directories of this machine."""
-    return " ".join([Path(sys.argv[0]).name or "python", *(scrub(word) for word in sys.argv[1:])])
+    run_as_module = sys.modules["__main__"].__spec__
+    if run_as_module is not None:
+        program = f"python -m {run_as_module.name.removesuffix('.__main__')}"
+    else:
+        program = Path(sys.argv[0]).name or "python"
+    return " ".join([program, *(scrub(word) for word in sys.argv[1:])])
 
 
 def scrub(text: str) -> str:
