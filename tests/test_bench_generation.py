@@ -74,6 +74,24 @@ def test_engines_agree_and_every_report_shows_them(model, tmp_path, capsys):
     assert (tmp_path / "page.html").read_text().count("<tr>") == 3
 
 
+def test_an_interrupt_keeps_the_shapes_before_it(model, tmp_path):
+    def interrupt(line: str) -> None:
+        if "ort-fp32 1x8: round 1" in line:
+            raise KeyboardInterrupt
+
+    record = run_benchmark(
+        model, ["ort-fp32"], [1], [4, 8, 12], new_tokens=2, rounds=1, threads=1, on_event=interrupt
+    )
+    assert record["interrupted"]
+    found = {(each["engine"], each["prompt_len"]): each for each in record["results"]}
+    assert found["ort-fp32", 4]["speedups"]["eager"]["prompt"]["median"] > 0
+    for length in (8, 12):
+        assert found["ort-fp32", length]["status"] == "failed"
+        assert found["ort-fp32", length]["reason"] == "interrupted before it was measured"
+    records.write(record, tmp_path / "record.json")
+    assert records.load(tmp_path / "record.json")["interrupted"]
+
+
 def test_an_export_of_other_weights_has_no_speedup(model, tmp_path, tiny_llama):
     copied = Path(shutil.copytree(model, tmp_path / "model"))
     other = tmp_path / "other"

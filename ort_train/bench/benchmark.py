@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain, groupby, product
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from ort_train.bench.options import (
     words,
 )
 from ort_train.bench.run import Case, Run, result
-from ort_train.bench.turns import take_turns
+from ort_train.bench.turns import take_turns, until_interrupted
 from ort_train.config import RunConfig, parse
 from ort_train.errors import ConfigError
 from ort_train.near import near_matches
@@ -105,36 +105,29 @@ def run_benchmark(
     started_at = provenance.now()
     machine = provenance.machine()  # before the load that is about to come
     shapes = [list(group) for _, group in groupby(runs, key=lambda run: run.shape)]
-    was_interrupted = False
     with tqdm(
         total=len(runs) * (1 + rounds), disable=None if progress else True, unit="turn"
     ) as bar:
-        for num_measured, group in enumerate(shapes):
-            try:
-                take_turns(
-                    group,
-                    rounds,
-                    prepare={
-                        "num_batches": warmup_steps + steps * rounds,
-                        "warmup_steps": warmup_steps,
-                        "threads": threads,
-                        "profile_steps": profile_steps,
-                    },
-                    turn={"steps": steps},
-                    prepared_line=lambda run: f"first step {run.prepared['first_step_s']:.2f} s",
-                    turn_line=lambda run: f"{1 / np.median(run.rounds[-1]['step_s']):.3g} it/s",
-                    timeout_s=timeout_s,
-                    bar=bar,
-                    tell=tell,
-                )
-            except KeyboardInterrupt:
-                if num_measured == 0:
-                    raise
-                was_interrupted = True
-                for run in chain.from_iterable(shapes[num_measured:]):
-                    if run.status == "ok":
-                        run.status, run.reason = "failed", "interrupted before it was measured"
-                break
+
+        def measure(group: Sequence[Run]) -> None:
+            take_turns(
+                group,
+                rounds,
+                prepare={
+                    "num_batches": warmup_steps + steps * rounds,
+                    "warmup_steps": warmup_steps,
+                    "threads": threads,
+                    "profile_steps": profile_steps,
+                },
+                turn={"steps": steps},
+                prepared_line=lambda run: f"first step {run.prepared['first_step_s']:.2f} s",
+                turn_line=lambda run: f"{1 / np.median(run.rounds[-1]['step_s']):.3g} it/s",
+                timeout_s=timeout_s,
+                bar=bar,
+                tell=tell,
+            )
+
+        was_interrupted = until_interrupted(shapes, measure)
     prepared: dict[str, Any] = next((run.prepared for run in runs if run.prepared), {})
     machine |= {"threads": prepared.get("threads"), "gpu": prepared.get("gpu")}
     return records.assemble(

@@ -7,6 +7,7 @@ of them, and a speed-up is the median of the ratios of paired rounds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import sys
 import tempfile
@@ -177,6 +178,31 @@ def take_turns(
         finally:
             for run in runs:
                 run.kill()
+
+
+def until_interrupted(
+    shapes: Sequence[Sequence[AnyRun]], measure: Callable[[Sequence[AnyRun]], None]
+) -> bool:
+    """Measure one shape after the other. Ctrl-C keeps those that were measured by then; the cases
+    of the others have failed.
+
+    Returns:
+        whether it was interrupted.
+
+    Raises:
+        KeyboardInterrupt: there is nothing to keep yet.
+    """
+    for num_measured, runs in enumerate(shapes):
+        try:
+            measure(runs)
+        except KeyboardInterrupt:
+            if num_measured == 0:
+                raise
+            for run in itertools.chain.from_iterable(shapes[num_measured:]):
+                if run.status == "ok":
+                    run.status, run.reason = "failed", "interrupted before it was measured"
+            return True
+    return False
 
 
 @contextlib.contextmanager

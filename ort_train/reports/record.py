@@ -131,13 +131,13 @@ class Envelope(BaseModel):
     git_sha: str | None
     git_dirty: bool | None
     environment: dict[str, str] = {}  # variables about threads
+    interrupted: bool = False  # the cases that were left have failed
 
 
 class Record(Envelope):
     """A benchmark of training steps."""
 
     kind: Literal["training"] = "training"
-    interrupted: bool = False  # the cases that were left have failed
     recipe: str
     model: ModelInfo | None  # null where no case came as far as a model
     data: str | None  # which corpus, in words

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ort_train.bench.options import add_outputs, numbers, output_problems, show_and_save, words
-from ort_train.bench.turns import take_turns
+from ort_train.bench.turns import take_turns, until_interrupted
 from ort_train.errors import ConfigError
 from ort_train.files import expanded
 from ort_train.inference.benchmark import exports
@@ -73,11 +73,12 @@ def run_benchmark(
         timeout_s: how long one stage of a case may take before it counts as hung.
 
     Returns:
-        The record (`record.GenerationRecord`).
+        The record (`record.GenerationRecord`). Ctrl-C keeps the shapes that were measured by then.
 
     Raises:
         ConfigError: with everything that is wrong, before any work starts.
         ExportError: the model is no plain decoder, or can't be exported or converted.
+        KeyboardInterrupt: there is nothing to keep yet.
     """
     tell = on_event or (lambda line: None)
     source = expanded(source)
@@ -94,26 +95,24 @@ def run_benchmark(
         )
     }
     started_at, machine = provenance.now(), provenance.machine()
-    runs: list[Run] = []
-    shapes = list(product(batch_sizes, prompt_lens))
     named = list(dict.fromkeys([REFERENCE, *engines]))
+    sizes = list(product(batch_sizes, prompt_lens))
     with (
         tempfile.TemporaryDirectory(prefix="ort_train-prompts-") as folder,
         tqdm(
-            total=len(shapes) * len(named) * (1 + rounds), disable=None if progress else True
+            total=len(sizes) * len(named) * (1 + rounds), disable=None if progress else True
         ) as bar,
     ):
-        for batch_size, prompt_len in shapes:
+        shapes: list[list[Run]] = []
+        for batch_size, prompt_len in sizes:
             prompts = Path(folder) / f"{batch_size}x{prompt_len}.npy"
             np.save(prompts, _prompts(config["vocab_size"], batch_size, prompt_len))
             shared = {"prompts": str(prompts), "new_tokens": new_tokens, "threads": threads}
-            on_rounded = {}
-            for weights, rounded_model in rounded.items():
-                reference = Case(REFERENCE, batch_size, prompt_len)
-                bar.set_description(f"{reference} on {weights} weights")
-                run = Run(reference, {"model": str(rounded_model.absolute()), **shared})
-                run.run_once(Path(folder) / f"{batch_size}x{prompt_len}-{weights}", timeout_s)
-                on_rounded[weights] = run
+            reference = Case(REFERENCE, batch_size, prompt_len)
+            on_rounded = {
+                weights: Run(reference, {"model": str(rounded_model.absolute()), **shared})
+                for weights, rounded_model in rounded.items()
+            }
             group = [
                 Run(
                     Case(engine, batch_size, prompt_len),
@@ -128,6 +127,14 @@ def run_benchmark(
                 )
                 for engine in named
             ]
+            shapes.append(group)
+
+        def measure(group: Sequence[Run]) -> None:
+            on_own_weights = {id(run.on_own_weights): run.on_own_weights for run in group}
+            for number, run in enumerate(filter(None, on_own_weights.values())):
+                bar.set_description(f"{run.case} on rounded weights")
+                outputs = f"{run.case.batch_size}x{run.case.prompt_len}-{number}"
+                run.run_once(Path(folder) / outputs, timeout_s)
             take_turns(
                 group,
                 rounds,
@@ -139,7 +146,9 @@ def run_benchmark(
                 bar=bar,
                 tell=tell,
             )
-            runs += group
+
+        was_interrupted = until_interrupted(shapes, measure)
+    runs = list(chain.from_iterable(shapes))
     prepared: dict[str, Any] = next((run.prepared for run in runs if run.prepared), {})
     found = (run.prepared.get("engine_version") for run in runs)
     llamacpp_version = next(filter(None, found), None)
@@ -148,6 +157,7 @@ def run_benchmark(
         machine | {"threads": prepared.get("threads")},
         {
             "kind": "generation",
+            "interrupted": was_interrupted,
             "model": {
                 "architecture": config["model_type"],
                 "name": source.absolute().name,

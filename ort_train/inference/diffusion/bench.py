@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from tqdm import tqdm
 from ort_train.bench.options import add_outputs, numbers, output_problems, show_and_save, words
 from ort_train.bench.parity import finite
 from ort_train.bench.process import Worker
-from ort_train.bench.turns import CaseRun, paired_ratios, short, spread, take_turns
+from ort_train.bench.turns import (
+    CaseRun,
+    paired_ratios,
+    short,
+    spread,
+    take_turns,
+    until_interrupted,
+)
 from ort_train.errors import ConfigError
 from ort_train.files import expanded
 from ort_train.inference.diffusion.folder import PipelineFolder, PipelineInfo, read_index
@@ -116,11 +123,12 @@ def run_benchmark(
         timeout_s: how long one stage of a case may take before it counts as hung.
 
     Returns:
-        The record (`record.ImageRecord`).
+        The record (`record.ImageRecord`). Ctrl-C keeps the shapes that were measured by then.
 
     Raises:
         ConfigError: with everything that is wrong, before any work starts.
         ExportError: a folder that is damaged or of another pipeline.
+        KeyboardInterrupt: there is nothing to keep yet.
     """
     tell = on_event or (lambda line: None)
     source = expanded(source)
@@ -132,26 +140,27 @@ def run_benchmark(
     info, exported = _exported(source, exported, tell)
     started_at, machine = provenance.now(), provenance.machine()
     named = list(dict.fromkeys([REFERENCE, *engines]))
-    shapes = list(product(batch_sizes, steps))
-    runs: list[Run] = []
-    with tqdm(
-        total=len(shapes) * len(named) * (1 + rounds), disable=None if progress else True
-    ) as bar:
-        for batch_size, num_steps in shapes:
-            group = [
-                Run(
-                    Case(engine, batch_size, num_steps),
-                    {
-                        "folder": str((exported if engine == "ort" else source).absolute()),
-                        "height": height,
-                        "width": width,
-                        "guidance_scale": guidance_scale,
-                        "threads": threads,
-                    },
-                    reference_only=engine not in engines,
-                )
-                for engine in named
-            ]
+    shapes = [
+        [
+            Run(
+                Case(engine, batch_size, num_steps),
+                {
+                    "folder": str((exported if engine == "ort" else source).absolute()),
+                    "height": height,
+                    "width": width,
+                    "guidance_scale": guidance_scale,
+                    "threads": threads,
+                },
+                reference_only=engine not in engines,
+            )
+            for engine in named
+        ]
+        for batch_size, num_steps in product(batch_sizes, steps)
+    ]
+    runs = list(chain.from_iterable(shapes))
+    with tqdm(total=len(runs) * (1 + rounds), disable=None if progress else True) as bar:
+
+        def measure(group: Sequence[Run]) -> None:
             take_turns(
                 group,
                 rounds,
@@ -163,13 +172,15 @@ def run_benchmark(
                 bar=bar,
                 tell=tell,
             )
-            runs += group
+
+        was_interrupted = until_interrupted(shapes, measure)
     prepared: dict[str, Any] = next((run.prepared for run in runs if run.prepared), {})
     return records.assemble(
         started_at,
         machine | {"threads": prepared.get("threads")},
         {
             "kind": "images",
+            "interrupted": was_interrupted,
             "model": {
                 "pipeline": index.pipeline,
                 "name": source.absolute().name,
