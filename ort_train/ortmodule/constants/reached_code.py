@@ -13,6 +13,8 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from ort_train.ortmodule.cache import bytecode
 from ort_train.ortmodule.cache.packages import is_known, is_of_the_user
 
@@ -67,6 +69,8 @@ class ReachedCode:
 
     def _add(self, value: Any) -> None:
         if isinstance(value, type):
+            if issubclass(value, torch.autograd.Function):
+                return  # a graph runs it as it is, or refuses it (functions.py)
             for base in value.__mro__:
                 if base not in self._met and not is_known(base.__module__):
                     self._met.add(base)
