@@ -71,6 +71,12 @@ class Holder(NamedTuple):
 class Walk:
     """All that counts, found in one walk.
 
+    Args:
+        module: whose parts are walked through.
+        forward: the module's own.
+        code: that they reach; what is met on the way is added.
+        left_out: paths that don't count, nor what lies behind them.
+
     Attributes:
         leaves: by path; of what holds others, its kind and size.
         named: paths of attributes and globals that code names.
@@ -214,6 +220,7 @@ class Walk:
     def _attributes(
         self, path: str, attributes: Mapping[str, Any], left_out: Iterable[str], are_all_read: bool
     ) -> None:
+        """What an object holds: where all are read, plain values count that no code names."""
         counted = []
         for name, value in list(attributes.items()):
             is_named = self._code.mentions(name)
