@@ -284,6 +284,18 @@ def test_what_no_code_of_a_forward_names_needs_no_new_graph() -> None:
     assert num_graphs_built(module) == 1
 
 
+def test_a_closure_may_have_no_value_yet() -> None:
+    def scaled(part: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (factor if is_scaled else 2.0)
+
+    module = wrap(_Whole(), backend="ort")
+    module.part.linear.register_forward_hook(scaled)
+    is_scaled = False
+    assert_as_eager(module)
+    factor, is_scaled = 3.0, True
+    assert_as_eager(module)
+
+
 def test_a_large_tensor_is_known_by_its_digest() -> None:
     tensor = torch.zeros(2**21)
     known = KnownTensor.of(tensor)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dis
 import functools
 import types
+from typing import Any
+
+#: What a closure's cell holds before its variable has a value.
+EMPTY = "an empty cell"
 
 
 @functools.cache
@@ -43,6 +47,14 @@ def global_names(code: types.CodeType) -> tuple[str, ...]:
         if isinstance(constant, types.CodeType):
             found.update(dict.fromkeys(global_names(constant)))
     return tuple(found)
+
+
+def content(cell: types.CellType) -> Any:
+    """Of a closure's cell."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return EMPTY
 
 
 @functools.cache

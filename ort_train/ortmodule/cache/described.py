@@ -28,8 +28,14 @@ from typing import Any
 import torch
 
 from ort_train.ortmodule.cache import bytecode
-from ort_train.ortmodule.cache.packages import FOLLOWED, KNOWN, PURE, is_installed, package
-from ort_train.ortmodule.constants.known_tensor import digest
+from ort_train.ortmodule.cache.packages import (
+    FOLLOWED,
+    KNOWN,
+    PURE,
+    is_installed,
+    is_known,
+    package,
+)
 
 
 class UndescribableError(Exception):
@@ -121,7 +127,7 @@ class Description:
         top = package(module)
         if top in self._own or top in FOLLOWED:
             return False
-        return top in KNOWN or top in sys.stdlib_module_names or is_installed(top)
+        return is_known(module) or is_installed(top)
 
     # --- values
 
@@ -262,7 +268,7 @@ class Description:
         for label, values in (
             ("defaults", function.__defaults__ or ()),
             ("keyword defaults", tuple((function.__kwdefaults__ or {}).values())),
-            ("closure", tuple(map(_cell, function.__closure__ or ()))),
+            ("closure", tuple(map(bytecode.content, function.__closure__ or ()))),
         ):
             for value in values:
                 self._feed(label, self._global(value, f"{path} {label}", strict))
@@ -339,13 +345,6 @@ def _entries(mapping: Any) -> list[tuple[Any, Any]]:
     return list(mapping.items())
 
 
-def _cell(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty yet
-        return "an empty cell"
-
-
 def _has_code(value: Any) -> bool:
     kinds = (types.FunctionType, type, staticmethod, classmethod, property, types.MethodType)
     return isinstance(value, kinds) or isinstance(getattr(value, "__wrapped__", None), kinds[0])
@@ -376,6 +375,12 @@ def tensor_token(tensor: torch.Tensor, where: str) -> str:
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
         raise UndescribableError(f"{where} is a tensor on {tensor.device}, {tensor.layout}")
     return f"{tensor_kind(tensor)} {digest(tensor)}"
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Of a dense tensor's values."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(values).hexdigest()
 
 
 def tensor_kind(tensor: torch.Tensor) -> str:

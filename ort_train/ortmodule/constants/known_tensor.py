@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
+
+from ort_train.ortmodule.cache.described import digest
 
 #: Of larger ones a digest is kept, not a copy.
 _MAX_COPIED_BYTES = 2**22
@@ -56,12 +57,6 @@ def same_values(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
         return False
     equal = (found == expected) | ((found != found) & (expected != expected))
     return bool(equal.all())
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """Of a dense tensor's values."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(values).hexdigest()
 
 
 def _digest_and_kind(tensor: torch.Tensor) -> str:

@@ -64,8 +64,7 @@ class ReachedCode:
 
     def mentions(self, name: str) -> bool:
         """Whether an attribute of this name may be read."""
-        is_special = name.startswith("__") and name.endswith("__")
-        return name not in _NOT_OF_A_FORWARD if is_special else name in self.names
+        return name not in _NOT_OF_A_FORWARD if is_special(name) else name in self.names
 
     def _add(self, value: Any) -> None:
         if isinstance(value, type):
@@ -83,9 +82,19 @@ class ReachedCode:
                 self.names.update(bytecode.names(function.__code__))
                 self.names.update(bytecode.words(function.__code__))
                 for cell in function.__closure__ or ():
-                    self._add(content(cell))
+                    self._add(bytecode.content(cell))
                 for name in global_names(function):
                     self._add(function.__globals__[name])
+
+
+def is_special(name: str) -> bool:
+    """Whether Python calls a method of this name without that code names it."""
+    return name.startswith("__") and name.endswith("__")
+
+
+def runs_functions(value: Any) -> bool:
+    """Whether :func:`functions_of` it are any."""
+    return next(functions_of(value), None) is not None
 
 
 def functions_of(value: Any) -> Iterator[types.FunctionType]:
@@ -103,11 +112,3 @@ def global_names(function: types.FunctionType) -> Iterator[str]:
         for name in bytecode.global_names(function.__code__):
             if name in function.__globals__:
                 yield name
-
-
-def content(cell: types.CellType) -> Any:
-    """Of a closure's cell; None where it is empty yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None

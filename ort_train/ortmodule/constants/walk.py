@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ort_train.ortmodule.cache import bytecode
 from ort_train.ortmodule.cache.packages import is_known, is_of_the_user
 from ort_train.ortmodule.constants.reached_code import (
     ReachedCode,
-    content,
-    functions_of,
     global_names,
+    is_special,
+    runs_functions,
 )
 
 _PLAIN = (
@@ -189,7 +190,7 @@ class Walk:
             return type(value), len(value)
         if not (is_named or _is_config(path)):
             return _NOTHING
-        if isinstance(value, type) or any(True for _ in functions_of(value)):
+        if isinstance(value, type) or runs_functions(value):
             self._code.add([value])
             if isinstance(value, types.MethodType):
                 self._waiting.append((path, value, is_named))
@@ -263,10 +264,9 @@ class Walk:
         for name, value in list(vars(kind).items()):
             if not self._code.mentions(name):
                 continue
-            is_method = any(True for _ in functions_of(value))
-            is_special = name.startswith("__") and name.endswith("__")
+            counts = runs_functions(value) or (is_own and not is_special(name))
             path = f"{kind.__module__}.{kind.__qualname__}.{name}"
-            if (is_method or (is_own and not is_special)) and self._add(path, value, True):
+            if counts and self._add(path, value, True):
                 self.named.add(path)
                 counted.append(name)
         self._hold(operator.itemgetter, vars(kind), counted, is_growing=True)
@@ -279,14 +279,19 @@ class Walk:
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
-            if name != "__class__" and self._add(f"{where}.{name}", content(cell), True):
-                self._hold(operator.attrgetter, cell, ["cell_contents"], is_growing=False)
+            values = _cell_values(cell)
+            if name != "__class__" and self._add(f"{where}.{name}", values[0], True):
+                self.holders.append(Holder(_cell_values, cell, values))
         names = [
             name
             for name in global_names(function)
             if self._add(f"{GLOBAL}{function.__module__}.{name}", function.__globals__[name], True)
         ]
         self._hold(operator.itemgetter, function.__globals__, names, is_growing=False)
+
+
+def _cell_values(cell: types.CellType) -> tuple[Any]:
+    return (bytecode.content(cell),)
 
 
 def _is_container(value: Any) -> bool:
